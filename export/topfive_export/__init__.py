@@ -1,0 +1,1 @@
+"""From a checkpoint to a verified ONNX model repository that Triton can load."""

@@ -1,0 +1,1 @@
+"""From a model repository to HTTP: dynamic batching over ONNX Runtime or a Triton fleet."""
