@@ -1,0 +1,48 @@
+# `make demo` and `make test` are the two commands of this house; each makes its own environment in .venv first.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+# The interpreter that makes the environment; empty: the first of python3.11, 3.12, 3.13, python3 that is new enough.
+PYTHON ?=
+export PYTHON
+BIN := $(VENV)/bin
+# Extra arguments for pytest, e.g. make test ARGS="tests/client -x"
+ARGS ?=
+
+.PHONY: help demo test lint format nightly bench lock clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.all  ## Train, export and serve on generated pictures, and classify one (Ctrl-C ends it)
+	@$(BIN)/python scripts/demo.py
+
+test: lint  ## Lint, type-check and run the tests: what CI runs
+	$(BIN)/python -m pytest -m "not slow and not triton" $(ARGS)
+
+lint: $(VENV)/.dev  ## Lint and type-check only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Format the code and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+nightly: lint triton-env  ## Everything, the slow tests and a real Triton included
+	$(BIN)/python -m pytest $(ARGS)
+
+# Two stamps over one environment: the demo does not wait for the test tools.
+$(VENV)/.all: pyproject.toml constraints.txt scripts/environment.sh
+	@scripts/environment.sh $(VENV) --editable '.[all]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt scripts/environment.sh
+	@scripts/environment.sh $(VENV) --editable '.[dev]'
+	@touch $@ $(VENV)/.all
+
+clean:  ## Remove the environment, caches and the demo's files
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo
