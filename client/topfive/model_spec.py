@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 """Version of the record's layout; a reader refuses a newer one rather than guess."""
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
-ArchitectureName: TypeAlias = Literal["alexnet-2012", "alexnet-2014"]
+ArchitectureName: TypeAlias = Literal["alexnet-2012", "alexnet-2014", "alexnet-caffe", "caffenet"]
 
 
 class ModelSpecError(ValueError):
@@ -37,7 +37,8 @@ class Architecture:
     """Every decision that fixes the shape and the arithmetic of the network."""
 
     name: ArchitectureName = "alexnet-2012"
-    """`alexnet-2012`: the paper's two towers, as groups. `alexnet-2014`: one tower, torchvision's shapes."""
+    """`alexnet-2012`: the paper's two towers, as groups. `alexnet-2014`: one tower, torchvision's shapes.
+    `alexnet-caffe`, `caffenet`: two towers with Caffe's response norm (across both, k = 1, after ReLU or pooling)."""
     classes: int = 1000
     """Number of classes: the length of the last layer's output."""
     width: float = 1.0
@@ -57,7 +58,7 @@ class Architecture:
             self.name in get_args(ArchitectureName),
             "architecture.name",
             self.name,
-            "alexnet-2012 or alexnet-2014",
+            " or ".join(get_args(ArchitectureName)),
         )
         _require(
             1 <= self.classes <= 1_000_000, "architecture.classes", self.classes, "between 1 and 1,000,000"

@@ -2,14 +2,15 @@
 
 `alexnet-2012` is the published two-GPU network on one device: its two towers are groups of channels, the first half
 being tower a. `alexnet-2014` is the single tower of "One weird trick for parallelizing convolutional neural networks",
-as torchvision publishes it.
+as torchvision publishes it. `alexnet-caffe` and `caffenet` are the two networks that Caffe published as
+`bvlc_alexnet` and `bvlc_reference_caffenet`, in case such weights are imported.
 
 Shapes: B images, C channels, H rows, W columns, F units, K classes.
 """
 
 import dataclasses
 import math
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,9 @@ _GRID: Final = 6
 """Side of the last feature map: 227 -> 55 -> 27 -> 13 -> 6."""
 
 
+_Block: TypeAlias = Literal["norm-pool-relu", "relu-norm-pool", "relu-pool-norm"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Shape:
     """What the published networks fix beyond the number of channels."""
@@ -42,7 +46,11 @@ class _Shape:
     convolutions: tuple[int, int, int, int, int]
     towers: int
     first_padding: int
-    lrn_before_relu: bool
+    blocks: tuple[_Block, _Block]
+    """What follows conv1 and conv2, in order."""
+    norm_k: float
+    norm_towers: int
+    """Into how many groups of maps the response norm is divided: Caffe's crosses the seam between the towers."""
     dropout_before: bool
 
 
@@ -51,24 +59,47 @@ _SHAPES: Final[dict[ArchitectureName, _Shape]] = {
         convolutions=(96, 256, 384, 384, 256),
         towers=2,
         first_padding=0,
-        lrn_before_relu=True,
+        blocks=("norm-pool-relu", "relu-norm-pool"),
+        norm_k=2.0,
+        norm_towers=2,
         dropout_before=False,
     ),
     "alexnet-2014": _Shape(
         convolutions=(64, 192, 384, 256, 256),
         towers=1,
         first_padding=2,
-        lrn_before_relu=False,
+        blocks=("relu-norm-pool", "relu-norm-pool"),
+        norm_k=2.0,
+        norm_towers=1,
         dropout_before=True,
+    ),
+    "alexnet-caffe": _Shape(
+        convolutions=(96, 256, 384, 384, 256),
+        towers=2,
+        first_padding=0,
+        blocks=("relu-norm-pool", "relu-norm-pool"),
+        norm_k=1.0,
+        norm_towers=1,
+        dropout_before=False,
+    ),
+    "caffenet": _Shape(
+        convolutions=(96, 256, 384, 384, 256),
+        towers=2,
+        first_padding=0,
+        blocks=("relu-pool-norm", "relu-pool-norm"),
+        norm_k=1.0,
+        norm_towers=1,
+        dropout_before=False,
     ),
 }
 
 
 def published_architecture(name: ArchitectureName, *, classes: int = 1000) -> Architecture:
-    """The named network with every decision as it was published (2014: no normalisation, inverted dropout)."""
-    if name == "alexnet-2012":
-        return Architecture(name=name, classes=classes)
-    return Architecture(name=name, classes=classes, normalization="none", dropout_scaling="training")
+    """The named network with every decision as it was published (2014: no normalisation; all but 2012: inverted dropout)."""
+    if name == "alexnet-2014":
+        return Architecture(name=name, classes=classes, normalization="none", dropout_scaling="training")
+    scaling: Literal["evaluation", "training"] = "evaluation" if name == "alexnet-2012" else "training"
+    return Architecture(name=name, classes=classes, dropout_scaling=scaling)
 
 
 def scaled(channels: int, width: float) -> int:
@@ -207,8 +238,14 @@ class AlexNet(nn.Module):
         self.fc8 = nn.Linear(units, architecture.classes)
 
         lrn = architecture.normalization == "lrn"
-        self.norm1 = LocalResponseNorm(c1, towers=towers) if lrn else nn.Identity()
-        self.norm2 = LocalResponseNorm(c2, towers=towers) if lrn else nn.Identity()
+
+        def response_norm(channels: int) -> nn.Module:
+            if not lrn:
+                return nn.Identity()
+            return LocalResponseNorm(channels, towers=shape.norm_towers, k=shape.norm_k)
+
+        self.norm1 = response_norm(c1)
+        self.norm2 = response_norm(c2)
         for index, channels in enumerate((c1, c2, c3, c4, c5), start=1):
             self.add_module(f"batch_norm{index}", nn.BatchNorm2d(channels) if batch else nn.Identity())
         for index in (6, 7):
@@ -236,12 +273,9 @@ class AlexNet(nn.Module):
 
     def convolutional(self, images_BCHW: Tensor) -> Tensor:
         """conv1 to pool5, flattened [B, C * 6 * 6]."""
-        maps = self.batch_norm1(self.conv1(self._padded(images_BCHW)))
-        if self.shape.lrn_before_relu:
-            maps = F.relu(self.pool(self.norm1(maps)))
-        else:
-            maps = self.pool(self.norm1(F.relu(maps)))
-        maps = self.pool(self.norm2(F.relu(self.batch_norm2(self.conv2(maps)))))
+        first, second = self.shape.blocks
+        maps = self._block(first, self.batch_norm1(self.conv1(self._padded(images_BCHW))), self.norm1)
+        maps = self._block(second, self.batch_norm2(self.conv2(maps)), self.norm2)
         maps = F.relu(self.batch_norm3(self.conv3(maps)))
         maps = F.relu(self.batch_norm4(self.conv4(maps)))
         # ReLU after the pool is the same as before it, on a quarter of the values.
@@ -264,6 +298,13 @@ class AlexNet(nn.Module):
         units_BF = self.dropout6(F.relu(self.batch_norm6(self.fc6(units_BF))), dropout_keys_B)
         dropped_BF: Tensor = self.dropout7(F.relu(self.batch_norm7(self.fc7(units_BF))), dropout_keys_B)
         return dropped_BF
+
+    def _block(self, order: _Block, maps: Tensor, norm: nn.Module) -> Tensor:
+        if order == "norm-pool-relu":
+            return F.relu(self.pool(norm(maps)))
+        maps = F.relu(maps)
+        result: Tensor = norm(self.pool(maps)) if order == "relu-pool-norm" else self.pool(norm(maps))
+        return result
 
     def _padded(self, images_BCHW: Tensor) -> Tensor:
         """Zeros at the right and bottom where conv1 would not cover the image: the original's sizes round up."""
