@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from topfive.errors import TopfiveError
+
 SCHEMA_VERSION = 1
 """Version of the record's layout; a reader refuses a newer one rather than guess."""
 
@@ -23,7 +25,7 @@ Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | 
 ArchitectureName: TypeAlias = Literal["alexnet-2012", "alexnet-2014", "alexnet-caffe", "caffenet"]
 
 
-class ModelSpecError(ValueError):
+class ModelSpecError(TopfiveError, ValueError):
     """A model description that is malformed, inconsistent, or newer than this program."""
 
 

@@ -13,6 +13,7 @@ from typing import BinaryIO, Final, NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from topfive.errors import TopfiveError
 from topfive.model_spec import Preprocessing
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -42,7 +43,7 @@ _UPRIGHT: Final = {
 """EXIF orientation -> the transposition that makes the picture upright (EXIF 2.3, tag 0x0112)."""
 
 
-class ImageError(ValueError):
+class ImageError(TopfiveError, ValueError):
     """An image that cannot be classified; the message is a sentence for the person who sent it."""
 
 

@@ -1,0 +1,53 @@
+"""The cyclopts application made of the commands."""
+
+import os
+from collections.abc import Sequence
+
+from cyclopts import App
+from cyclopts.config import Env, Toml
+
+from topfive._version import __version__
+from topfive.cli._commands import GROUPS, Command
+
+CONFIG_VARIABLE = "TOPFIVE_CONFIG"
+"""Names the configuration file to read instead of `topfive.toml` in the current directory."""
+
+
+class _Environment(Env):
+    """`TOPFIVE_<COMMAND>_<OPTION>`, with underscores for hyphens in both (cyclopts leaves the command's)."""
+
+    def _prefix(self, commands: tuple[str, ...]) -> str:
+        return super()._prefix(commands).replace("-", "_")
+
+
+def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
+    """The application with `commands`, ready to run `tokens`.
+
+    A summary given to cyclopts with a lazy command replaces the function's docstring on the command's own help page;
+    so the command that `tokens` name is registered without one.
+    """
+    named = os.environ.get(CONFIG_VARIABLE)
+    app = App(
+        name="topfive",
+        help="An image in, five labels out: train AlexNet, export it to one ONNX file, serve it, ask it.",
+        help_format="markdown",
+        version=__version__,
+        config=(
+            _Environment("TOPFIVE_"),
+            Toml(named or "topfive.toml", must_exist=named is not None, allow_unknown=False),
+        ),
+        exit_on_error=False,
+    )
+    groups = {name: App(name=name, help=text, sort_key=len(commands)) for name, text in GROUPS.items()}
+    for position, command in enumerate(commands):
+        if not command.exists():
+            continue
+        group, _, name = command.name.rpartition(" ")
+        parent = app
+        if group:
+            parent = groups[group]
+            if group not in app:
+                app.command(parent)
+        summary = None if command.is_named_by(tokens) else command.summary
+        parent.command(command.target, name=name, help=summary, sort_key=position)
+    return app
