@@ -94,6 +94,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         Command(name="hard-work", target="part.fake:work", summary="Work hard.", extra="training"),
         Command(name="fail", target="part.fake:fail", summary="Fail.", extra="training"),
         Command(name="extra", target="part.needs_extra:go", summary="Not here.", extra="server"),
+        Command(name="import this", target="part.fake:fail", summary="This."),
         Command(name="later", target="part.not_written:go", summary="Not yet."),
     )
     return lambda *arguments: main(arguments, commands=commands)
@@ -172,12 +173,14 @@ def test_a_named_configuration_file_must_exist(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nosuch"], "nosuch"),
+        (["nosuch"], "work, hard-work, fail, extra, import"),
+        (["wrk"], 'did you mean "work"?'),
         (["work"], "PLACE"),
         (["work", "here", "--epoch", "3"], "--epochs"),
         (["work", "here", "--epochs", "three"], "three"),
         (["work", "here", "--epochs", "0"], "epochs is 0; it must be at least 1"),
-        (["later"], "later"),
+        (["later"], 'There is no command "later"'),
+        (["import", "that"], 'did you mean "import this"?'),
     ],
 )
 def test_bad_usage_exits_2(

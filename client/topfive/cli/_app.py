@@ -1,9 +1,11 @@
 """The cyclopts application made of the commands."""
 
+import difflib
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from cyclopts import App
+from cyclopts import App, CycloptsError, CycloptsPanel, UnknownCommandError
 from cyclopts.config import Env, Toml
 
 from topfive._version import __version__
@@ -37,6 +39,7 @@ def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
             Toml(named or "topfive.toml", must_exist=named is not None, allow_unknown=False),
         ),
         exit_on_error=False,
+        error_formatter=lambda error: _format_error(error, commands),
     )
     groups = {name: App(name=name, help=text, sort_key=len(commands)) for name, text in GROUPS.items()}
     for position, command in enumerate(commands):
@@ -51,3 +54,15 @@ def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
         summary = None if command.is_named_by(tokens) else command.summary
         parent.command(command.target, name=name, help=summary, sort_key=position)
     return app
+
+
+def _format_error(error: CycloptsError, commands: Sequence[Command]) -> Any:
+    """As cyclopts says it, but for an unknown command: there cyclopts would import every part to list them."""
+    if not isinstance(error, UnknownCommandError):
+        return CycloptsPanel(error)
+    group = f"{' '.join(error.command_chain)} " if error.command_chain else ""
+    wrong = group + (error.unused_tokens or [""])[0]
+    names = [command.name for command in commands if command.name.startswith(group) and command.exists()]
+    close = difflib.get_close_matches(wrong, names, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"the commands are {', '.join(names)}."
+    return CycloptsPanel(f'There is no command "{wrong}"; {hint}')
