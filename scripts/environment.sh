@@ -56,5 +56,7 @@ fi
 command -v curl >/dev/null || apt_install curl
 
 say "installing $* into $venv (the first time this downloads about half a gigabyte)"
-"$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt "$@" \
+# By environment, so that they hold for the build backend too (its own variable since pip 25.3).
+export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+"$venv/bin/python" -m pip install "$@" \
   || fail "pip could not install $*; the reason is above. Once mended, the same command goes on from here."
