@@ -32,12 +32,13 @@ RUN useradd --system --uid 10001 --home-dir /nonexistent --shell /usr/sbin/nolog
 # glibc: buffers of decoded photographs come from the heap and stay there, instead of a page fault per page and image.
 ENV PATH=/opt/topfive/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
+    TOPFIVE_SERVE_HOST=0.0.0.0 \
     MALLOC_MMAP_THRESHOLD_=33554432 \
     MALLOC_TRIM_THRESHOLD_=268435456
-USER topfive
+USER 10001
 VOLUME /models
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
   CMD ["python3", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["topfive"]
-CMD ["serve", "/models", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["serve", "/models"]
