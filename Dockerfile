@@ -33,6 +33,7 @@ RUN useradd --system --uid 10001 --home-dir /nonexistent --shell /usr/sbin/nolog
 ENV PATH=/opt/topfive/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
     TOPFIVE_SERVE_HOST=0.0.0.0 \
+    TOPFIVE_SERVE_PORT=8000 \
     MALLOC_MMAP_THRESHOLD_=33554432 \
     MALLOC_TRIM_THRESHOLD_=268435456
 USER 10001

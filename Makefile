@@ -9,10 +9,11 @@ VENV ?= .venv
 PYTHON ?=
 export PYTHON
 BIN := $(VENV)/bin
+TRITON ?= .venv-triton
 # Extra arguments for pytest, e.g. make test ARGS="tests/client -x"
 ARGS ?=
 
-.PHONY: help demo test lint format nightly bench lock clean
+.PHONY: help demo test lint format nightly triton-env lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,12 +33,21 @@ format: $(VENV)/.dev  ## Format the code and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-nightly: lint triton-env  ## Everything, the slow tests and a real Triton included
-	$(BIN)/python -m pytest $(ARGS)
+nightly: lint triton-env  ## Everything: the slow tests and those with a real Triton, too
+	TOPFIVE_TRITON=$(CURDIR)/$(TRITON)/bin/tritonserver $(BIN)/python -m pytest $(ARGS)
+
+triton-env: $(TRITON)/.stamp  ## A real Triton server, in an environment of its own
+
+lock:  ## Bring constraints.txt up to date
+	@scripts/lock.sh
 
 # Two stamps over one environment: the demo does not wait for the test tools.
 $(VENV)/.all: pyproject.toml constraints.txt scripts/environment.sh
 	@scripts/environment.sh $(VENV) --editable '.[all]'
+	@touch $@
+
+$(TRITON)/.stamp: scripts/triton_environment.sh
+	@scripts/triton_environment.sh $(TRITON)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt scripts/environment.sh
@@ -45,4 +55,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt scripts/environment.sh
 	@touch $@ $(VENV)/.all
 
 clean:  ## Remove the environment, caches and the demo's files
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo
+	rm -rf $(VENV) $(TRITON) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo
