@@ -1,0 +1,57 @@
+"""How long a session takes, without torch: shared by the export's report and `topfive benchmark`."""
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+LATENCY_BATCHES: Final = (1, 4, 16)
+"""Batch sizes that every report times."""
+
+
+def latency_ms(
+    session: onnxruntime.InferenceSession, side: int, batch_size: int, *, runs: int = 5
+) -> float:
+    """Median milliseconds of one call with `batch_size` random squares, after one call to warm up."""
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), dtype=np.uint8)
+    session.run(None, {"image": images})
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        session.run(None, {"image": images})
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def latencies_ms(
+    session: onnxruntime.InferenceSession, side: int, batch_sizes: Sequence[int] = LATENCY_BATCHES
+) -> dict[str, float]:
+    """`latency_ms` by batch size, as JSON has it."""
+    return {str(size): round(latency_ms(session, side, size), 3) for size in batch_sizes}
+
+
+def machine() -> dict[str, Any]:
+    """What was timed on: no names or paths of it, only its kind."""
+    return {
+        "processor": _processor(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
