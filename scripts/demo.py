@@ -84,12 +84,12 @@ def main() -> int:
             make(step)
         say_accuracy()
         say("Serving")
-        with server() as address:
+        with server() as (process, address):
             ask(address)
             say(f"From pictures to answers in {time.monotonic() - started:.0f} s.")
             if not once:
                 print(f"The server is at http://{address} (in a browser, too) until you press Ctrl-C.")
-                wait_for_ctrl_c()
+                wait_for_ctrl_c(process)
     except DemoError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
@@ -163,8 +163,8 @@ def say_accuracy() -> None:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """A server of the exported models; gives its host:port once it is ready."""
+def server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server of the exported models; gives its process and its host:port once it is ready."""
     port = free_port()
     arguments = ["serve", "demo/models", "--host", "127.0.0.1", "--port", str(port)]
     print(f"$ topfive {shlex.join(arguments)}   (its log: {SERVER_LOG})", flush=True)
@@ -173,7 +173,7 @@ def server() -> Iterator[str]:
         process = subprocess.Popen([TOPFIVE, *arguments], stdout=log, stderr=log, start_new_session=True)
     try:
         wait_until_ready(process, port)
-        yield f"127.0.0.1:{port}"
+        yield process, f"127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
@@ -197,8 +197,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            tail = "\n".join(SERVER_LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
-            raise DemoError(f"the server ended with status {process.returncode}:\n{tail}")
+            raise server_ended(process)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
         try:
             connection.request("GET", "/readyz")
@@ -210,6 +209,12 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
             connection.close()
         time.sleep(0.1)
     raise DemoError(f"the server was not ready within {READY_TIMEOUT_S} s; its log is {SERVER_LOG}.")
+
+
+def server_ended(process: subprocess.Popen[bytes]) -> DemoError:
+    """The error that says how the server ended, with the end of its log."""
+    tail = "\n".join(SERVER_LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+    return DemoError(f"the server ended with status {process.returncode}:\n{tail}")
 
 
 def ask(address: str) -> None:
@@ -228,13 +233,14 @@ def ask(address: str) -> None:
     run("classify", str(SAMPLE), "--url", f"http://{address}")
 
 
-def wait_for_ctrl_c() -> None:
-    """Until Ctrl-C, which is how this ends well."""
+def wait_for_ctrl_c(process: subprocess.Popen[bytes]) -> None:
+    """Until Ctrl-C, which is how this ends well; a server that ends by itself is an error."""
     try:
-        while True:
-            time.sleep(3600)
+        process.wait()
     except KeyboardInterrupt:
         print("\nThe server has stopped; `make demo` starts it again in seconds.")
+    else:
+        raise server_ended(process)
 
 
 if __name__ == "__main__":
