@@ -8,6 +8,7 @@ Shapes: B images, H rows, W columns, C colours, K classes, S the shorter side of
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,6 +112,24 @@ def save_model(folder: Path, classifier: Classifier) -> None:
     write_atomically(folder / SPEC_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def link_model(folder: Path, other: Path) -> None:
+    """Put the checkpoint of `folder` into `other` as well, each file atomically, without copying where links work.
+
+    Raises:
+        OSError: `other` cannot be written; what was there before stays.
+    """
+    other.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS_FILE, SPEC_FILE):
+        with _beside(other / name) as beside:
+            beside.unlink()
+            try:
+                # Safe because nothing here ever writes into a file: each is replaced whole.
+                beside.hardlink_to(folder / name)
+            except OSError:
+                shutil.copyfile(folder / name, beside)
+            beside.replace(other / name)
+
+
 def load_model(folder: Path) -> Classifier:
     """Read a checkpoint, on the CPU and in evaluation mode.
 
@@ -186,7 +205,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     write_atomically(path, write)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path, *, only_metadata: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
@@ -194,7 +213,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
+            names = [] if only_metadata else file.keys()
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
@@ -204,6 +223,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk, and rename it into place."""
     with _beside(path) as beside:
         write(beside)
+        beside.chmod(0o644)  # mkstemp, and safetensors, keep a file to its owner
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
@@ -217,7 +237,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.fchmod(descriptor, 0o644)
     os.close(descriptor)
     beside = Path(name)
     try:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topfive.model_spec import Architecture, ArchitectureName
+from topfive_training.randomness import uniform
 
 LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 """The layers with weights, from image to answer."""
@@ -177,27 +178,13 @@ class Dropout(nn.Module):
         else:
             last = self.first_unit + units_BF.shape[1]
             units_F = torch.arange(self.first_unit, last, device=keys_B.device)
-            kept_BF = _uniform(keys_B, units_F + (self.layer << 32)) >= self.p
+            kept_BF = uniform(keys_B, units_F + (self.layer << 32)) >= self.p
         mask_BF = kept_BF.to(units_BF.dtype)
         return units_BF * (mask_BF if self.scaling == "evaluation" else mask_BF / (1 - self.p))
 
     def extra_repr(self) -> str:
         """Probability and scaling."""
         return f"p={self.p}, scaling={self.scaling}"
-
-
-def _uniform(keys_B: Tensor, counters_F: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float32 [B, F]: the SplitMix64 finaliser of every pair (Steele et al. 2014)."""
-    x = keys_B[:, None] + counters_F[None, :] * -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
-    x = (x ^ _shift_right(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift_right(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    x ^= _shift_right(x, 31)
-    return _shift_right(x, 40).to(torch.float32) * (1 / 2**24)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64; torch's own is arithmetic."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class AlexNet(nn.Module):
@@ -225,8 +212,10 @@ class AlexNet(nn.Module):
         )
         conv3_towers = 1  # the only convolution that sees both towers
 
-        def convolution(inputs: int, outputs: int, size: int, groups: int, **options: int) -> nn.Conv2d:
-            return nn.Conv2d(inputs, outputs, size, groups=groups, bias=not batch, **options)
+        def convolution(
+            inputs: int, outputs: int, size: int, groups: int, *, stride: int = 1, padding: int
+        ) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, size, stride, padding, groups=groups, bias=not batch)
 
         self.conv1 = convolution(3, c1, 11, 1, stride=4, padding=shape.first_padding)
         self.conv2 = convolution(c1, c2, 5, towers, padding=2)
@@ -246,10 +235,13 @@ class AlexNet(nn.Module):
 
         self.norm1 = response_norm(c1)
         self.norm2 = response_norm(c2)
-        for index, channels in enumerate((c1, c2, c3, c4, c5), start=1):
-            self.add_module(f"batch_norm{index}", nn.BatchNorm2d(channels) if batch else nn.Identity())
-        for index in (6, 7):
-            self.add_module(f"batch_norm{index}", nn.BatchNorm1d(units) if batch else nn.Identity())
+        self.batch_norm1 = _batch_norm2d(batch, c1)
+        self.batch_norm2 = _batch_norm2d(batch, c2)
+        self.batch_norm3 = _batch_norm2d(batch, c3)
+        self.batch_norm4 = _batch_norm2d(batch, c4)
+        self.batch_norm5 = _batch_norm2d(batch, c5)
+        self.batch_norm6 = nn.BatchNorm1d(units) if batch else nn.Identity()
+        self.batch_norm7 = nn.BatchNorm1d(units) if batch else nn.Identity()
         overlapping = architecture.overlapping_pooling
         # 3x3 rounds up as the original does; 2x2 rounds down, which gives the same sizes (paper section 3.4).
         self.pool = nn.MaxPool2d(3 if overlapping else 2, 2, ceil_mode=overlapping)
@@ -313,3 +305,7 @@ class AlexNet(nn.Module):
         height, width = images_BCHW.shape[2:]
         bottom, right = (math.ceil((side - 11) / 4) * 4 + 11 - side for side in (height, width))
         return F.pad(images_BCHW, (0, right, 0, bottom)) if bottom or right else images_BCHW
+
+
+def _batch_norm2d(wanted: bool, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if wanted else nn.Identity()

@@ -1,0 +1,104 @@
+"""`topfive train` and `topfive evaluate`: plain functions whose arguments are the commands' options."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from topfive.errors import TopfiveError
+from topfive_training import resume as resume_
+from topfive_training.ranks import (
+    check_processes,
+    default_processes,
+    launch,
+    started_by_torchrun,
+    under_torchrun,
+)
+from topfive_training.recipe import Recipe, make_recipe
+from topfive_training.run import Options
+from topfive_training.run import train as train_on_rank
+
+
+class RunExistsError(TopfiveError):
+    """The folder holds a run already, or none that could be resumed."""
+
+
+def train(
+    data: Path,
+    *,
+    out: Path,
+    recipe: str = "2012",
+    resume: bool = False,
+    processes: int | None = None,
+    validation_fraction: float = 0.2,
+    workers: int | None = None,
+    cache: Path | None = None,
+    cache_gib: float = 16.0,
+    save_every_minutes: float = 10.0,
+    **fields: str,
+) -> int:
+    """Train AlexNet on folders of images.
+
+    Ctrl-C, SIGTERM and SIGUSR1 save within a step and say how to go on; the exit status is then 128 plus the signal's
+    number. Under `torchrun` the processes are torchrun's.
+
+    Args:
+        data: a folder with one subfolder of images for each class, or with `train/` and `val/` that hold such.
+        out: folder of the run; gets the checkpoint (model.safetensors, model.json), best/, resume/ and logs.
+        recipe: `2012` (what the original code did) or `modern`.
+        resume: go on with the run in OUT, exactly where it stopped.
+        processes: data-parallel processes; by default one for each GPU, or one.
+        validation_fraction: share of each class that is set aside where DATA has no val folder.
+        workers: threads of each process that decode; by default all cores, shared.
+        cache: folder for decoded images, kept for other runs; by default within OUT, removed at the end.
+        cache_gib: images that would take more than this are decoded again in every epoch.
+        save_every_minutes: save in the midst of long epochs too, this often.
+        fields: any field of the recipe, as --batch-size 256 or --rate 0.005; `topfive recipe` lists them.
+    """
+    torchrun = started_by_torchrun()
+    if torchrun and processes is not None:
+        raise ValueError("--processes does not go with torchrun, which has started its own; leave it out")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    chosen = _recipe_for(out, recipe, fields, resume=resume or restarted)
+    count = default_processes() if processes is None else processes
+    if not torchrun:
+        check_processes(count)
+    options = Options(
+        data=data,
+        out=out,
+        resume=resume or restarted,
+        validation_fraction=validation_fraction,
+        workers=workers or max(1, len(os.sched_getaffinity(0)) // count),
+        cache_folder=cache,
+        cache_gib=cache_gib,
+        save_every_minutes=save_every_minutes,
+        command=_resume_command(),
+    )
+    if torchrun:
+        return under_torchrun(lambda ranks: train_on_rank(ranks, chosen, options))
+    return launch(count, train_on_rank, chosen, options)
+
+
+def _recipe_for(out: Path, name: str, fields: dict[str, str], *, resume: bool) -> Recipe:
+    """The recipe asked for; of a run that is resumed, its own, which fields given again must not change."""
+    state = out / resume_.STATE_FILE
+    if not state.is_file():
+        return make_recipe(name, fields)
+    if not resume:
+        raise RunExistsError(
+            f"{out} already holds a run; add --resume to go on with it, or choose another folder"
+        )
+    saved = make_recipe("2012", resume_.saved_recipe(out))
+    for field, value in make_recipe(name, fields).to_json().items():
+        before = saved.to_json()[field]
+        if field in {given.replace("-", "_") for given in fields} and value != before:
+            raise RunExistsError(
+                f"{out} holds a run with {field} {before!r}, not {value!r}; leave the option out to go on with it, "
+                "or start another run in another folder"
+            )
+    return saved
+
+
+def _resume_command() -> str:
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"])

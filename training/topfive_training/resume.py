@@ -1,0 +1,111 @@
+"""What a run needs to go on exactly where it stopped: one file, `resume/state.safetensors`.
+
+Weights, velocities and running sums as tensors; position, recipe and fingerprints as text in its header. One file,
+because a rename can make only one file appear at a time.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from topfive_training.checkpoint import CheckpointError, check_fit, load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from topfive_training.trainer import Trainer
+
+STATE_FILE: Final = "resume/state.safetensors"
+_NETWORK, _VELOCITY, _SUMS = "network.", "velocity.", "position.sums"
+
+
+def save(folder: Path, trainer: "Trainer") -> None:
+    """Write the state of `trainer` atomically.
+
+    Raises:
+        OSError: it cannot be written; the previous state stays.
+    """
+    network, optimizer, position = trainer.classifier.network, trainer.optimizer, trainer.position
+    tensors = {_NETWORK + name: tensor for name, tensor in network.state_dict().items()}
+    tensors |= {_VELOCITY + name: optimizer.velocity(p) for name, p in network.named_parameters()}
+    tensors[_SUMS] = position.sums
+    text = {
+        "step": position.step,
+        "validated": position.validated,
+        "best_top1": position.best_top1,
+        "recipe": trainer.recipe.to_json(),
+        "training_images": len(trainer.training),
+        "data_fingerprint": trainer.classifier.spec.data_fingerprint,
+    }
+    path = folder / STATE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, tensors, {"state": json.dumps(text)})
+
+
+def saved_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of the run in `folder`, field by field.
+
+    Raises:
+        CheckpointError: the state is damaged.
+    """
+    recipe = _header(folder / STATE_FILE)["recipe"]
+    assert isinstance(recipe, dict)
+    return recipe
+
+
+def load(folder: Path, trainer: "Trainer") -> None:
+    """Put `trainer` where the run in `folder` stopped; on every rank.
+
+    Raises:
+        CheckpointError: the state is damaged, or of another recipe or other images.
+    """
+    path = folder / STATE_FILE
+    state = _header(path)
+    _check_same(path, state, trainer)
+    tensors, _ = load_tensors(path)
+    network = trainer.classifier.network
+    weights = {name.removeprefix(_NETWORK): t for name, t in tensors.items() if name.startswith(_NETWORK)}
+    check_fit(network, weights, source=str(path))
+    network.load_state_dict(weights)
+    for name, parameter in network.named_parameters():
+        trainer.optimizer.velocity(parameter).copy_(tensors[_VELOCITY + name])
+    position = trainer.position
+    position.step, position.validated = int(state["step"]), int(state["validated"])
+    position.best_top1 = float(state["best_top1"])
+    if trainer.ranks.first:
+        position.sums.copy_(tensors[_SUMS])
+    else:
+        position.sums = torch.zeros_like(position.sums)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    _, metadata = load_tensors(path, only_metadata=True)
+    try:
+        state = json.loads(metadata["state"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no state of a training run; start again without --resume"
+        ) from error
+    assert isinstance(state, dict)
+    return state
+
+
+def _check_same(path: Path, state: dict[str, Any], trainer: "Trainer") -> None:
+    recipe = dataclasses.asdict(trainer.recipe)
+    for name, value in recipe.items():
+        before = state["recipe"].get(name)
+        if before != value:
+            raise CheckpointError(
+                f"{path} is of a run with {name} {before!r}, not {value!r}; leave the option out to go on with it, or "
+                "start another run in another folder"
+            )
+    images = len(trainer.training)
+    if (
+        state["data_fingerprint"] != trainer.classifier.spec.data_fingerprint
+        or state["training_images"] != images
+    ):
+        raise CheckpointError(
+            f"{path} is of a run with {state['training_images']} training images, and the images are not the same "
+            f"any more ({images} now); restore them, or start another run in another folder"
+        )
