@@ -1,0 +1,126 @@
+"""Lanes: the buffers that a batch travels through, allocated once, and the call that computes it.
+
+Shapes: B images of the batch, H and W pixels (both `side`), T top classes, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeAlias
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from .buckets import bucket_for
+from .engine import Predictions
+from .pinned import PageLocked
+
+INPUT: Final = "image"
+OUTPUTS: Final = ("probabilities", "classes", "scores")
+
+Images: TypeAlias = Sequence[NDArray[np.uint8]]
+
+
+class Lane(Protocol):
+    """The buffers of one thread, and how a batch in them is computed."""
+
+    def fill(self, images: Images) -> None:
+        """Copy the images to where the device reads them."""
+
+    def compute(self) -> Predictions:
+        """Predictions for the images filled in last."""
+
+    def release(self) -> None:
+        """Give the buffers back."""
+
+
+class HostLane:
+    """A lane in main memory: any batch size up to the limit, computed in place."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, *, max_batch: int, side: int) -> None:
+        self._session = session
+        self._images_BHWC = np.zeros((max_batch, side, side, 3), np.uint8)
+        self._count = 0
+
+    def fill(self, images: Images) -> None:
+        """Copy the images into the lane's buffer."""
+        np.stack(images, out=self._images_BHWC[: len(images)])
+        self._count = len(images)
+
+    def compute(self) -> Predictions:
+        """Predictions for the images filled in last."""
+        return Predictions(*self._session.run(OUTPUTS, {INPUT: self._images_BHWC[: self._count]}))
+
+    def release(self) -> None:
+        """Nothing beyond what Python frees by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """Buffers of one bucket on the device, at addresses that never change, as a captured graph needs."""
+
+    binding: Any
+    run_options: Any
+    image: Any
+    outputs: list[Any]
+
+
+class DeviceLane:
+    """A lane with buffers on the device: a batch is padded up to a bucket, and each bucket has its own CUDA graph.
+
+    The rows of the padding keep whatever images were there before: rows do not influence each other.
+
+    `memory` is where the buffers live, as ONNX Runtime names it: `cuda`, or `cpu` to run all of this without a GPU.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        *,
+        buckets: tuple[int, ...],
+        side: int,
+        memory: str,
+        index: int,
+        first_graph: int,
+    ) -> None:
+        self._session = session
+        self._buckets = buckets
+        self._count = 0
+        widths = {output.name: int(output.shape[1]) for output in session.get_outputs()}
+        types = {"probabilities": np.float32, "classes": np.int64, "scores": np.float32}
+        self._bound: dict[int, _Bound] = {}
+        for number, bucket in enumerate(buckets):
+            binding = session.io_binding()
+            image = _device_array((bucket, side, side, 3), np.uint8, memory, index)
+            binding.bind_ortvalue_input(INPUT, image)
+            outputs = [_device_array((bucket, widths[name]), types[name], memory, index) for name in OUTPUTS]
+            for name, output in zip(OUTPUTS, outputs, strict=True):
+                binding.bind_ortvalue_output(name, output)
+            run_options = onnxruntime.RunOptions()
+            run_options.add_run_config_entry("gpu_graph_id", str(first_graph + number))
+            self._bound[bucket] = _Bound(
+                binding=binding, run_options=run_options, image=image, outputs=outputs
+            )
+        # Last: the arrays above have made the device's context current in this thread.
+        self._host = PageLocked((buckets[-1], side, side, 3), enabled=memory == "cuda")
+
+    def fill(self, images: Images) -> None:
+        """Copy the images into page-locked memory, and from there to the device."""
+        np.stack(images, out=self._host.array[: len(images)])
+        self._count = len(images)
+        bucket = bucket_for(self._count, self._buckets)
+        self._bound[bucket].image.update_inplace(self._host.array[:bucket])
+
+    def compute(self) -> Predictions:
+        """Predictions for the images filled in last; the padding's are dropped."""
+        bound = self._bound[bucket_for(self._count, self._buckets)]
+        self._session.run_with_iobinding(bound.binding, bound.run_options)
+        return Predictions(*(output.numpy()[: self._count].copy() for output in bound.outputs))
+
+    def release(self) -> None:
+        """Unlock the host memory."""
+        self._host.release()
+
+
+def _device_array(shape: tuple[int, ...], dtype: Any, memory: str, index: int) -> Any:
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, memory, index)

@@ -1,0 +1,173 @@
+"""`OnnxEngine`: ONNX Runtime in this process, on one device.
+
+Two daemon threads take batches from one queue. Each owns a *lane*: buffers of its own, allocated once. A thread fills
+its lane (and uploads it, on a GPU) while the other's batch computes, and a lock lets one batch at a time compute:
+the copy of batch n + 1 is hidden behind the arithmetic of batch n.
+"""
+
+import asyncio
+import queue
+import threading
+from concurrent.futures import Future
+from typing import Final
+
+import numpy as np
+
+from .buckets import make_buckets
+from .devices import Device
+from .engine import EngineDead, EngineError, EngineInfo, Predictions
+from .lanes import DeviceLane, HostLane, Images, Lane
+from .repository import ModelVersion
+from .session import RuntimeOptions, engine_error, open_session
+
+_LANES: Final = 2
+"""One batch computes while the next is filled; a third would only wait."""
+
+
+class _Job(Future[Predictions]):
+    """A batch on its way through the engine; `images` None warms the lane up instead."""
+
+    def __init__(self, images: Images | None) -> None:
+        super().__init__()
+        self.images = images
+
+
+class OnnxEngine:
+    """Runs one model version with ONNX Runtime on one device.
+
+    Opening reads the model file, for a second or so: call it in a thread (`asyncio.to_thread`).
+
+    Raises:
+        DeviceError: the device cannot run the model.
+        EngineError: ONNX Runtime cannot load the file.
+    """
+
+    def __init__(self, model: ModelVersion, device: Device, options: RuntimeOptions | None = None) -> None:
+        options = options or RuntimeOptions()
+        side = model.input_side
+        if side is None:
+            raise EngineError(
+                f"model {model.name} takes images of any size; an engine needs a graph that takes fixed squares"
+            )
+        max_batch = options.batch_limit(device)
+        self._session = open_session(model, device, options)
+        self._device = device
+        self._side = side
+        self.info = EngineInfo(
+            name=model.name,
+            version=model.version,
+            spec=model.spec,
+            provider=device.provider,
+            device=str(device),
+            max_batch=max_batch,
+            buckets=make_buckets(max_batch) if device.kind == "cuda" else (),
+        )
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._accepting = threading.Lock()
+        self._computing = threading.Lock()
+        self._dead = ""
+        self._closed = False
+        # One warm-up job for each lane, not two for the same one.
+        self._all_lanes = threading.Barrier(_LANES)
+        self._ended: list[Future[None]] = [Future() for _ in range(_LANES)]
+        for lane in range(_LANES):
+            # Daemons: a hung device must not keep the process from ending.
+            threading.Thread(
+                target=self._serve, args=(lane,), name=f"engine-{model.name}-{lane}", daemon=True
+            ).start()
+
+    async def predict(self, images: Images) -> Predictions:
+        """Classify a batch; see `Engine.predict`. Safe from several event loops and threads."""
+        return await asyncio.wrap_future(self.submit(images))
+
+    def submit(self, images: Images) -> Future[Predictions]:
+        """`predict` for callers without an event loop; the future raises what `predict` raises.
+
+        Raises:
+            ValueError: no image, too many, or one of another shape or type.
+            EngineDead: the engine was closed, or its device failed earlier.
+        """
+        if not 1 <= len(images) <= self.info.max_batch:
+            raise ValueError(f"a batch has {len(images)} images; it must have 1 to {self.info.max_batch}")
+        shape = (self._side, self._side, 3)
+        for image in images:
+            if image.shape != shape or image.dtype != np.uint8:
+                raise ValueError(f"an image is {image.dtype} {image.shape}; it must be uint8 {shape}")
+        return self._enqueue(_Job(images))
+
+    async def warm_up(self) -> None:
+        """Run every bucket (on a CPU: the smallest and the largest batch) once in every lane, and check the answers."""
+        jobs = [self._enqueue(_Job(None)) for _ in range(_LANES)]
+        # Shielded: lanes wait for each other, so either all warm up or none.
+        await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job)) for job in jobs))
+
+    async def close(self) -> None:
+        """Finish the batches already given, then release the device; see `Engine.close`."""
+        await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(ended)) for ended in self.stop()))
+
+    def stop(self) -> list[Future[None]]:
+        """Take no more batches; the futures are done when those already given are answered."""
+        with self._accepting:
+            if not self._closed:
+                self._closed = True
+                for _ in self._ended:
+                    self._jobs.put(None)
+        return self._ended
+
+    def _enqueue(self, job: _Job) -> _Job:
+        with self._accepting:
+            if self._dead or self._closed:
+                raise EngineDead(
+                    self._dead or f"the engine of {self.info.name}/{self.info.version} was closed"
+                )
+            self._jobs.put(job)
+        return job
+
+    def _serve(self, number: int) -> None:
+        lane: Lane | None = None
+        while (job := self._jobs.get()) is not None:
+            if not job.set_running_or_notify_cancel():
+                continue
+            try:
+                if job.images is None:
+                    self._all_lanes.wait()
+                # Buffers and graphs are made in the thread that uses them: ONNX Runtime keeps CUDA graphs by thread.
+                lane = lane or self._make_lane(number)
+                job.set_result(self._warm(lane) if job.images is None else self._run(lane, job.images))
+            except Exception as error:  # noqa: BLE001  ONNX Runtime raises types of its own; the caller gets ours
+                failure = engine_error(error)
+                if isinstance(failure, EngineDead):
+                    self._dead = str(failure)
+                job.set_exception(failure)
+            # Nothing of this batch stays alive while the thread waits for the next.
+            del job
+        if lane is not None:
+            lane.release()
+        del lane
+        self._ended[number].set_result(None)
+
+    def _make_lane(self, number: int) -> Lane:
+        if self._device.kind == "cpu":
+            return HostLane(self._session, max_batch=self.info.max_batch, side=self._side)
+        return DeviceLane(
+            self._session,
+            buckets=self.info.buckets,
+            side=self._side,
+            memory="cuda",
+            index=self._device.index,
+            first_graph=1 + number * len(self.info.buckets),
+        )
+
+    def _run(self, lane: Lane, images: Images) -> Predictions:
+        lane.fill(images)
+        with self._computing:
+            predictions = lane.compute()
+        if not np.isfinite(predictions.probabilities_BT).all():
+            raise EngineError(f"model {self.info.name}/{self.info.version} gave answers that are not numbers")
+        return predictions
+
+    def _warm(self, lane: Lane) -> Predictions:
+        images = [np.zeros((self._side, self._side, 3), np.uint8)] * self.info.max_batch
+        for batch in self.info.buckets or (1, self.info.max_batch):
+            predictions = self._run(lane, images[:batch])
+        return predictions

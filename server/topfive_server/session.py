@@ -1,0 +1,183 @@
+"""Opens an ONNX Runtime session that really runs on the device asked for, and reads its errors.
+
+CPU settings are measured (`benchmarks/engine.py`, two cores, AlexNet at width 1): threads spin while a batch runs,
+which makes a lone image 10 % faster, and stop spinning when it ends, which leaves the cores to the decoders.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import onnxruntime
+
+from .devices import CPU_PROVIDER, Device, DeviceError, cores
+from .engine import EngineDead, EngineError, EngineOutOfMemory
+from .repository import ModelVersion
+
+log = logging.getLogger(__name__)
+
+HEAVY: Final = frozenset(
+    {"Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger", "Gemm", "FusedGemm"}
+) | {
+    *("MatMul", "FusedMatMul", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "LRN"),
+    *("DynamicQuantizeMatMul", "MatMulNBits"),
+}
+"""Operators that do nearly all of the arithmetic: one of them on the CPU makes a GPU pointless."""
+
+_OUT_OF_MEMORY: Final = re.compile(
+    r"out of memory|failed to allocate|bad_alloc|available memory of|ALLOC_FAILED|CUDA failure 2\b",
+    re.IGNORECASE,
+)
+_DEVICE_LOST: Final = re.compile(
+    r"CUDA failure \d+|CUDA error|CU(?:DNN|BLAS)_STATUS_|cudaError", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """How ONNX Runtime runs a model; the defaults are the measured best."""
+
+    threads: int = 0
+    """CPU threads that share one batch; 0 takes the physical cores this process may use."""
+    max_batch: int = 0
+    """Most images in one batch; 0 takes 32 on a CPU, where larger ones only wait longer, and 64 on a GPU."""
+    cuda_graphs: bool = True
+    """Capture a CUDA graph for each batch size: one launch instead of one for each layer."""
+    tf32: bool = True
+    """Let float32 matrix products use TF32 (10-bit mantissas) on GPUs that have it; off for parity with the CPU."""
+    convolution_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = "HEURISTIC"
+    """How cuDNN picks an algorithm for each shape; `EXHAUSTIVE` times them all during warm-up."""
+    gpu_memory_bytes: int = 0
+    """Most device memory that ONNX Runtime may hold; 0 sets no limit."""
+
+    def __post_init__(self) -> None:
+        """Reject nonsense, naming the field."""
+        for field, low, high in (
+            ("threads", 0, 1024),
+            ("max_batch", 0, 4096),
+            ("gpu_memory_bytes", 0, 2**50),
+        ):
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise ValueError(f"{field} is {value}; it must be between {low} and {high}")
+
+    def batch_limit(self, device: Device) -> int:
+        """`max_batch`, or the device's default."""
+        return self.max_batch or (64 if device.kind == "cuda" else 32)
+
+
+def open_session(
+    model: ModelVersion, device: Device, options: RuntimeOptions
+) -> onnxruntime.InferenceSession:
+    """Open the model on the device, and check that its heavy nodes run there.
+
+    Raises:
+        DeviceError: the provider did not load, or heavy nodes fell back to the CPU.
+        EngineError: ONNX Runtime cannot load the file.
+    """
+    graphs = device.kind == "cuda" and options.cuda_graphs
+    try:
+        session = _open(model, device, options, cuda_graphs=graphs)
+    except Exception as error:
+        if not (graphs and "graph capture" in str(error)):
+            raise EngineError(f"{model.name}/{model.version} cannot be loaded: {one_line(error)}") from error
+        log.warning("%s/%s runs without CUDA graphs: %s", model.name, model.version, one_line(error))
+        session = _open(model, device, options, cuda_graphs=False)
+    if device.provider not in session.get_providers():
+        raise DeviceError(
+            f"ONNX Runtime could not start {device.provider} and offers only {', '.join(session.get_providers())}; "
+            "run `topfive doctor` for what is missing, or say --device cpu"
+        )
+    placed = (
+        (graph.ep_name, node.op_type)
+        for graph in session.get_provider_graph_assignment_info()
+        for node in graph.get_nodes()
+    )
+    check_placement(placed, device, f"{model.name}/{model.version}")
+    return session
+
+
+def check_placement(placed: Iterable[tuple[str, str]], device: Device, model: str) -> None:
+    """Check pairs of provider and operator: every heavy operator must be on the device's provider.
+
+    Raises:
+        DeviceError: heavy operators run elsewhere, or nothing at all was placed.
+    """
+    placed = list(placed)
+    elsewhere = Counter(op for provider, op in placed if op in HEAVY and provider != device.provider)
+    if not placed:
+        raise DeviceError(
+            f"ONNX Runtime does not say where it runs the nodes of {model}; update onnxruntime-gpu"
+        )
+    if elsewhere:
+        found = ", ".join(f"{count} {op}" for op, count in sorted(elsewhere.items()))
+        raise DeviceError(
+            f"model {model} would run {found} on the CPU although {device} was asked for: this graph is not made "
+            "for a GPU (int8 is not); serve its fp32 or fp16 variant, or say --device cpu"
+        )
+
+
+def _open(model: ModelVersion, device: Device, options: RuntimeOptions, *, cuda_graphs: bool) -> Any:
+    return onnxruntime.InferenceSession(
+        str(model.path),
+        session_options(device, options),
+        providers=[*provider_options(device, options, cuda_graphs=cuda_graphs)],
+    )
+
+
+def session_options(device: Device, options: RuntimeOptions) -> onnxruntime.SessionOptions:
+    """Settings that do not depend on the provider, and the CPU's."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Of a GPU session only the bookkeeping runs on the CPU.
+    settings.intra_op_num_threads = 1 if device.kind == "cuda" else options.threads or cores()
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    return settings
+
+
+def provider_options(
+    device: Device, options: RuntimeOptions, *, cuda_graphs: bool
+) -> list[str | tuple[str, dict[str, str]]]:
+    """The `providers` argument of a session on this device."""
+    if device.kind == "cpu":
+        return [CPU_PROVIDER]
+    cuda = {
+        "device_id": str(device.index),
+        "use_tf32": str(int(options.tf32)),
+        "cudnn_conv_algo_search": options.convolution_search,
+        "cudnn_conv_use_max_workspace": "1",
+        "enable_cuda_graph": str(int(cuda_graphs)),
+        # Grow by what is asked for: the default doubles, and takes memory that other processes need.
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    if options.gpu_memory_bytes:
+        cuda["gpu_mem_limit"] = str(options.gpu_memory_bytes)
+    # The CPU provider takes shape arithmetic; `check_placement` sees to it that it takes nothing heavy.
+    return [(device.provider, cuda), CPU_PROVIDER]
+
+
+def engine_error(error: BaseException) -> EngineError:
+    """What an exception of ONNX Runtime means for the caller: split the batch, rebuild the engine, or neither.
+
+    A CUDA error other than out-of-memory sticks to the process's context. Rebuilding the engine helps where the
+    library lost its state; where the context itself is broken, the rebuild fails and the process must be restarted.
+    """
+    if isinstance(error, EngineError):
+        return error
+    text = one_line(error)
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return EngineOutOfMemory(f"out of memory: {text}")
+    if _DEVICE_LOST.search(str(error)):
+        return EngineDead(f"the device failed: {text}")
+    return EngineError(text)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The error's text without line breaks, cut to `limit` characters; its type when it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,126 @@
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from tests.server.onnx_models import expected_scores, random_images, write_model
+
+from topfive_server import pinned
+from topfive_server.buckets import bucket_for, make_buckets
+from topfive_server.lanes import DeviceLane, HostLane
+
+
+@pytest.fixture(name="session")
+def open_session(tmp_path: Path) -> Any:
+    return onnxruntime.InferenceSession(str(write_model(tmp_path)), providers=["CPUExecutionProvider"])
+
+
+def device_lane(session: Any, buckets: tuple[int, ...] = (1, 2, 4, 8)) -> DeviceLane:
+    return DeviceLane(session, buckets=buckets, side=12, memory="cpu", index=0, first_graph=1)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "buckets"),
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (3, (1, 2, 3)),
+        (48, (1, 2, 4, 8, 16, 32, 48)),
+        (64, (1, 2, 4, 8, 16, 32, 64)),
+    ],
+)
+def test_buckets_are_powers_of_two_up_to_the_largest_batch(max_batch: int, buckets: tuple[int, ...]) -> None:
+    assert make_buckets(max_batch) == buckets
+
+
+def test_every_batch_goes_to_the_smallest_bucket_that_holds_it() -> None:
+    buckets = make_buckets(64)
+    assert [bucket_for(n, buckets) for n in (1, 2, 3, 4, 5, 33, 64)] == [1, 2, 4, 4, 8, 64, 64]
+    assert bucket_for(37, ()) == 37
+    with pytest.raises(ValueError, match="65 images is larger than the largest bucket, 64"):
+        bucket_for(65, buckets)
+    with pytest.raises(ValueError, match="max_batch is 0"):
+        make_buckets(0)
+
+
+def test_padding_changes_no_answer_and_is_not_returned(session: Any) -> None:
+    device, host = device_lane(session), HostLane(session, max_batch=8, side=12)
+    for count in (8, 3, 1, 5, 2, 7):  # large before small: the padding holds another batch's images
+        images = random_images(count, seed=count)
+        device.fill(images)
+        host.fill(images)
+        padded, plain = device.compute(), host.compute()
+        assert padded.scores_BC.shape == (count, 7)
+        np.testing.assert_allclose(padded.scores_BC, expected_scores(np.stack(images), 7), atol=1e-5)
+        np.testing.assert_array_equal(padded.classes_BT, plain.classes_BT)
+        np.testing.assert_allclose(padded.probabilities_BT, plain.probabilities_BT, atol=1e-6)
+
+
+def test_buffers_stay_where_they_are_and_answers_do_not(session: Any) -> None:
+    lane = device_lane(session)
+    addresses = {n: (b.image.data_ptr(), *(o.data_ptr() for o in b.outputs)) for n, b in lane._bound.items()}
+    first_images = random_images(3, seed=1)
+    lane.fill(first_images)
+    first = lane.compute()
+    for seed in range(2, 6):
+        lane.fill(random_images(3, seed=seed))
+        lane.compute()
+    assert addresses == {
+        n: (b.image.data_ptr(), *(o.data_ptr() for o in b.outputs)) for n, b in lane._bound.items()
+    }
+    np.testing.assert_allclose(first.scores_BC, expected_scores(np.stack(first_images), 7), atol=1e-5)
+
+
+def test_every_bucket_of_every_lane_has_a_graph_of_its_own(session: Any) -> None:
+    buckets = make_buckets(64)
+    names = []
+    for lane in range(2):
+        first = 1 + lane * len(buckets)
+        bound = DeviceLane(session, buckets=buckets, side=12, memory="cpu", index=0, first_graph=first)._bound
+        names += [b.run_options.get_run_config_entry("gpu_graph_id") for b in bound.values()]
+    assert len(set(names)) == len(names) == 14
+
+
+class FakeDriver:
+    """Stands in for libcuda: no GPU is at hand here, so only the calls are tested."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+        self.calls: list[tuple[str, int]] = []
+
+    def cuMemHostRegister_v2(  # noqa: N802
+        self, address: ctypes.c_void_p, size: ctypes.c_size_t, flags: ctypes.c_uint
+    ) -> int:
+        assert address.value
+        assert address.value % 4096 == 0
+        assert flags.value == 1
+        self.calls.append(("register", size.value))
+        return self.status
+
+    def cuMemHostUnregister(self, address: ctypes.c_void_p) -> int:  # noqa: N802
+        self.calls.append(("unregister", 0))
+        return 0
+
+
+def test_page_locking_is_undone_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(pinned, "load_library", lambda name: driver)
+    memory = pinned.PageLocked((2, 3, 3, 3), enabled=True)
+    memory.array[:] = 7
+    memory.release()
+    memory.release()
+    assert driver.calls == [("register", 54), ("unregister", 0)]
+
+
+def test_without_page_locking_the_memory_works_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = FakeDriver(status=712)
+    monkeypatch.setattr(pinned, "load_library", lambda name: driver)
+    memory = pinned.PageLocked((2, 3), enabled=True)
+    memory.array[:] = 7
+    memory.release()
+    assert "could not be page-locked (cuMemHostRegister_v2: CUDA driver error 712)" in caplog.text
+    assert driver.calls == [("register", 6)]
