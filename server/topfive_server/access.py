@@ -1,0 +1,66 @@
+"""API keys: who may ask. The file holds hashes only, and comparing takes the same time for every key.
+
+A key is any long random text (`openssl rand -hex 32`). Its line in the file is its SHA-256 in hexadecimal and a name:
+
+    printf %s "$KEY" | sha256sum | sed 's/-$/alice/' >> keys.txt
+
+Keys are random, not chosen by people, so a plain hash is enough: there is no dictionary to try.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from topfive.errors import TopfiveError
+
+_LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+(\S.*))?")
+
+
+class KeyFileError(TopfiveError):
+    """The file of API keys cannot be used."""
+
+
+class KeyRing:
+    """The hashes of the keys that open the server."""
+
+    def __init__(self, digests: list[bytes]) -> None:
+        self._digests = digests
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file of lines `<sha256 in hexadecimal> <name>`; empty lines and lines with # are skipped.
+
+        Raises:
+            KeyFileError: it cannot be read, a line is malformed, or it holds no key.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise KeyFileError(f"the file of API keys {path} cannot be read: {reason}") from error
+        digests = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            match = _LINE.fullmatch(line.strip())
+            if match is None:
+                raise KeyFileError(
+                    f"{path} line {number} is not a key: it must be 64 hexadecimal digits (the key's SHA-256) and a name"
+                )
+            digests.append(bytes.fromhex(match[1]))
+        if not digests:
+            raise KeyFileError(f"{path} holds no API key, so nobody could ask anything")
+        return cls(digests)
+
+    def opens(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether the request carries a known key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+        key = headers.get(b"x-api-key", b"")
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer":
+            key = token.strip()
+        digest = hashlib.sha256(key).digest()
+        # Every digest is compared, so that the time says nothing of which one matched.
+        return bool(key) and sum(hmac.compare_digest(digest, known) for known in self._digests) > 0

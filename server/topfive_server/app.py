@@ -1,0 +1,275 @@
+"""The routes, and what is done for every request: its id, its key, its line in the log, its place in the metrics.
+
+`Application` is the ASGI application. The hot route goes straight to `ClassifyEndpoint`; everything else is FastAPI.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, MutableMapping
+from time import monotonic
+from typing import Annotated, Any, Final
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from starlette.exceptions import HTTPException
+
+from topfive._version import __version__
+from topfive_server import pages
+from topfive_server.access import KeyRing
+from topfive_server.admission import Admission
+from topfive_server.classify import ClassifyEndpoint
+from topfive_server.config import ServerConfig
+from topfive_server.decode_pool import DecodePool
+from topfive_server.errors import (
+    BadRequestError,
+    InternalError,
+    MethodNotAllowedError,
+    NotFoundError,
+    RequestError,
+    UnauthorizedError,
+)
+from topfive_server.exchange import KEY, Exchange, Scope, Send
+from topfive_server.logs import REQUESTS, request_id
+from topfive_server.metrics import CONTENT_TYPE, Metrics, gauge
+from topfive_server.models import Models
+from topfive_server.openapi import add_classify
+from topfive_server.receive import Receive
+
+log = logging.getLogger(__name__)
+requests_log = logging.getLogger(REQUESTS)
+
+OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/openapi.json", *pages.PATHS})
+"""Answered without an API key: what probes ask, and pages that hold nothing but themselves."""
+
+
+class Application:
+    """One server's state and its ASGI entry."""
+
+    def __init__(self, config: ServerConfig, *, models: Models, pool: DecodePool, metrics: Metrics) -> None:
+        self.config = config
+        self.models = models
+        self.metrics = metrics
+        self.admission = Admission(max_images=config.max_queue_images, max_bytes=config.max_queue_bytes)
+        self.draining = False
+        self.reload: Callable[[], Any] | None = None
+        """Looks at the models folder now; set where the admin routes are open."""
+        self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
+        self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
+        self._rest = make_fastapi(self)
+        metrics.add_gauges(self._gauges)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, whatever happens."""
+        headers = dict(scope["headers"])
+        exchange = Exchange(
+            scope,
+            send,
+            headers=headers,
+            request_id=request_id(headers.get(b"x-request-id")),
+            started=monotonic(),
+            closing=self.draining,
+        )
+        try:
+            await self._route(exchange, receive)
+        except RequestError as error:
+            await exchange.answer_problem(error)
+        except Exception:
+            log.exception(
+                "a request failed because of a mistake of ours", extra={"request_id": exchange.request_id}
+            )
+            if exchange.status:
+                raise  # half an answer is out; uvicorn closes the connection
+            await exchange.answer_problem(InternalError("the server made a mistake; its log has the details"))
+        finally:
+            self._account(exchange)
+
+    def begin_drain(self) -> None:
+        """Say no to `/readyz`, and ask every client to reconnect (elsewhere)."""
+        self.draining = True
+
+    def refuse_new(self) -> None:
+        """Refuse to classify: the listener is closed."""
+        self._classify.draining = True
+
+    async def _route(self, exchange: Exchange, receive: Receive) -> None:
+        path = exchange.scope["path"]
+        if self._keys is not None and path not in OPEN_PATHS and not self._keys.opens(exchange.headers):
+            raise UnauthorizedError("send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        if path == "/v1/classify":
+            if exchange.scope["method"] != "POST":
+                raise MethodNotAllowedError("send the image with POST")
+            await self._classify(exchange, receive)
+        else:
+            exchange.scope[KEY] = exchange
+            await self._rest(exchange.scope, receive, exchange.forward)
+
+    def _account(self, exchange: Exchange) -> None:
+        seconds = monotonic() - exchange.started
+        metrics, config = self.metrics, self.config
+        metrics.requests.labels(exchange.route, str(exchange.status or 499), exchange.code).inc()
+        metrics.request_seconds.labels(exchange.route).observe(seconds)
+        if exchange.bytes_in:
+            metrics.received_bytes.inc(exchange.bytes_in)
+        slow = seconds * 1000 > config.slow_request_ms
+        if not (config.log_requests or slow or exchange.status >= 500):
+            return
+        level = logging.ERROR if exchange.status >= 500 else logging.WARNING if slow else logging.INFO
+        if not requests_log.isEnabledFor(level):
+            return
+        client = exchange.scope.get("client")
+        requests_log.log(
+            level,
+            "slow request" if slow else "request",
+            extra={
+                "request_id": exchange.request_id,
+                "client": client[0] if client else None,
+                "method": exchange.scope["method"],
+                "path": exchange.scope["path"][:200],
+                "status": exchange.status or 499,  # as nginx counts clients that left
+                "code": exchange.code,
+                "ms": round(seconds * 1000, 2),
+                "bytes": exchange.bytes_in,
+                "images": exchange.images,
+                "model": exchange.model,
+                "version": exchange.version,
+                **{f"{stage}_ms": round(s * 1000, 2) for stage, s in exchange.timings.items()},
+            },
+        )
+
+    def _gauges(self) -> Iterable[Metric]:
+        """What is read at the time of a scrape."""
+        yield gauge("topfive_inflight_images", "Images accepted and not answered yet.", self.admission.images)
+        yield gauge("topfive_inflight_bytes", "Bytes of request bodies in memory.", self.admission.bytes)
+        depth = GaugeMetricFamily(
+            "topfive_queue_images", "Decoded images that wait for the engine.", labels=["model", "version"]
+        )
+        ready = GaugeMetricFamily(
+            "topfive_ready", "Whether the model version is ready (1) or not (0).", labels=["model", "version"]
+        )
+        info = GaugeMetricFamily(
+            "topfive_model_info",
+            "Always 1; the labels tell what is served, and where it runs.",
+            labels=["model", "version", "provider", "device"],
+        )
+        for model in self.models:
+            labels = [model.info.name, model.info.version]
+            depth.add_metric(labels, model.batcher.depth)
+            ready.add_metric(labels, float(model.health.ready and not self.draining))
+            info.add_metric([*labels, model.info.provider, model.info.device], 1)
+        yield from (depth, ready, info)
+
+
+def make_fastapi(application: Application) -> FastAPI:
+    """Everything but the hot route."""
+    api = FastAPI(
+        title="topfive",
+        version=__version__,
+        summary="An image in, five labels out.",
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"auto_configure": False},
+    )
+    models = application.models
+    add_classify(api)
+    pages.add(api)
+
+    @api.get("/v1/models", tags=["models"], summary="The models in service")
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"models": [describe(models, model) for model in models]})
+
+    @api.get("/v1/models/{name}/labels", tags=["models"], summary="A model's classes, in order")
+    async def labels(name: str, version: Annotated[str | None, Query()] = None) -> JSONResponse:
+        return JSONResponse({"labels": list(models.get(name, version).info.spec.labels)})
+
+    @api.get("/healthz", tags=["probes"], summary="Whether the process is alive")
+    async def healthz() -> JSONResponse:
+        return JSONResponse({"status": "alive", "version": __version__})
+
+    @api.get("/readyz", tags=["probes"], summary="Whether an image gets through the whole path now")
+    async def readyz() -> JSONResponse:
+        return await answer_ready(application)
+
+    @api.get("/metrics", tags=["probes"], summary="Metrics in Prometheus' text format")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(application.metrics.render(), media_type=CONTENT_TYPE)
+
+    @api.exception_handler(HTTPException)
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101
+        path = request.url.path[:200]
+        if error.status_code == 404:
+            return problem(request, NotFoundError(f"there is nothing at {path}; see /docs"))
+        if error.status_code == 405:
+            return problem(
+                request,
+                MethodNotAllowedError(f"{request.method} does not work on {path}; see /docs"),
+                error.headers,
+            )
+        return problem(request, BadRequestError(str(error.detail)))
+
+    @api.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # noqa: S101
+        first = error.errors()[0]
+        return problem(request, BadRequestError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+
+    @api.exception_handler(RequestError)
+    async def request_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)  # noqa: S101
+        return problem(request, error)
+
+    return api
+
+
+def problem(request: Request, error: RequestError, headers: Any = None) -> Response:
+    """An `application/problem+json` answer of a FastAPI route."""
+    exchange: Exchange = request.scope[KEY]
+    exchange.code = error.code
+    own = {name.decode(): value.decode() for name, value in error.headers()}
+    return JSONResponse(
+        {**error.problem(), "request_id": exchange.request_id},
+        status_code=error.status,
+        headers={**own, **(headers or {})},
+        media_type="application/problem+json",
+    )
+
+
+def describe(models: Models, model: Any) -> MutableMapping[str, Any]:
+    """One row of `/v1/models`."""
+    info = model.info
+    return {
+        "name": info.name,
+        "version": info.version,
+        "default": models.is_default(model),
+        "ready": model.health.ready,
+        "architecture": info.spec.architecture.name,
+        "classes": info.spec.architecture.classes,
+        "crop": info.spec.preprocessing.crop,
+        "max_batch": model.batcher.max_batch,
+        "provider": info.provider,
+        "device": info.device,
+        "labels_url": f"/v1/models/{info.name}/labels?version={info.version}",
+    }
+
+
+async def answer_ready(application: Application) -> JSONResponse:
+    """`/readyz`: 200 when every model version answers, 503 with the reasons when one does not, or in the drain."""
+    rows = []
+    everything = not application.draining and any(True for _ in application.models)
+    for model in list(application.models):
+        ready = await model.ready()
+        everything = everything and ready
+        rows.append(
+            {
+                "name": model.info.name,
+                "version": model.info.version,
+                "ready": ready,
+                "reason": model.health.reason,
+                "provider": model.info.provider,
+                "device": model.info.device,
+            }
+        )
+    body = {"ready": everything, "draining": application.draining, "models": rows}
+    headers = {} if everything else {"Retry-After": "1"}
+    return JSONResponse(body, status_code=200 if everything else 503, headers=headers)

@@ -1,0 +1,354 @@
+"""One owner of the queue: gathers decoded images into batches, feeds the engine, hands each image its own answer.
+
+A batch is committed as late as possible. While the engine works, images gather; when it is idle a lone image leaves
+at once, unless others are being decoded at that moment: then it waits for them, at most `max_delay_s` counted from
+the first. Only a *full* batch is handed over while another computes (one, prefetched): nothing could be gained by
+waiting, and the engine goes from one to the next without a pause.
+
+Everything here runs on the event loop's thread, and all timing is on the monotonic clock.
+Shapes: B images of a batch, T top classes, C classes.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topfive_server.engine import Engine, EngineDead, EngineError, EngineOutOfMemory, Predictions
+from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError, RequestError
+from topfive_server.estimate import BatchTimes
+
+log = logging.getLogger(__name__)
+
+Priority = Literal["interactive", "batch"]
+PRIORITIES: Final[tuple[Priority, ...]] = ("interactive", "batch")
+
+_AGING: Final = 8
+"""After this many batches without one, a batch of `interactive` images takes the longest-waiting `batch` image along."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """One image's predictions and where its time went, in seconds."""
+
+    probabilities_T: NDArray[np.float32]
+    classes_T: NDArray[np.int64]
+    scores_C: NDArray[np.float32]
+    queue_s: float
+    """From decoded until the engine was free for it."""
+    batch_s: float
+    """From then until its batch was complete."""
+    infer_s: float
+    """In the engine."""
+    batch_size: int
+
+
+class Job:
+    """One image on its way through the server."""
+
+    __slots__ = (
+        "answer",
+        "deadline",
+        "decode_s",
+        "height",
+        "image",
+        "priority",
+        "queued_at",
+        "ready_at",
+        "width",
+    )
+
+    def __init__(self, *, deadline: float, priority: Priority, loop: asyncio.AbstractEventLoop) -> None:
+        self.answer: asyncio.Future[Answer] = loop.create_future()
+        """Resolved once; cancelled when the client has left or the deadline has passed."""
+        self.deadline = deadline
+        """On the monotonic clock, as every time here."""
+        self.priority = priority
+        self.image: NDArray[np.uint8] | None = None
+        """RGB [crop, crop, 3], once decoded; dropped again with the answer."""
+        self.width = self.height = 0
+        """Pixels of the original, upright, once decoded."""
+        self.decode_s = 0.0
+        """From handed in until decoded, waiting for a decode thread included."""
+        self.queued_at = self.ready_at = 0.0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits for the answer."""
+        return not self.answer.done()
+
+    @property
+    def unwanted_because(self) -> str:
+        """`client-gone` or `deadline`, when `wanted` is false before there was an answer."""
+        return "client-gone" if self.answer.cancelled() else "deadline"
+
+    def fail(self, error: RequestError) -> None:
+        """Answer with an error, unless it was answered already."""
+        self.image = None
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class Observer(Protocol):
+    """What the batcher tells the metrics."""
+
+    def batch_done(self, size: int, seconds: float) -> None:
+        """A batch came back from the engine."""
+
+    def batch_failed(self, kind: str) -> None:
+        """The engine failed: `error`, `out-of-memory`, `dead` or `hung`."""
+
+    def dropped(self, stage: str, reason: str) -> None:
+        """An image was dropped before `decode` or before the `engine`; `client-gone` or `deadline`."""
+
+
+class _Queue:
+    """Waiting images in two classes; people first, scoring fills up."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Priority, deque[Job]] = {priority: deque() for priority in PRIORITIES}
+        self._passed_over = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lanes.values()))
+
+    def push(self, job: Job) -> None:
+        self._lanes[job.priority].append(job)
+
+    def oldest(self) -> float:
+        """When the image that has waited longest was queued; infinitely long ago when none waits."""
+        return min((lane[0].queued_at for lane in self._lanes.values() if lane), default=float("-inf"))
+
+    def pop(self, count: int) -> list[Job]:
+        people, scoring = self._lanes["interactive"], self._lanes["batch"]
+        taken = [people.popleft() for _ in range(min(count, len(people)))]
+        if scoring and len(taken) == count:
+            self._passed_over += 1
+            if self._passed_over >= _AGING:  # scoring yields, but never starves
+                people.appendleft(taken.pop())
+        if len(taken) < count and scoring:
+            self._passed_over = 0
+            taken += [scoring.popleft() for _ in range(min(count - len(taken), len(scoring)))]
+        return taken
+
+
+class Batcher:
+    """Feeds one engine. `expect` and `submit` images, `await job.answer`; `close` when nothing more will come."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        observer: Observer,
+        on_dead: Callable[[str], None],
+        max_delay_s: float = 0.03,
+        engine_timeout_s: float = 30.0,
+    ) -> None:
+        """Start the loop; `on_dead` is called once, with the reason, when the engine has to be rebuilt."""
+        self.max_batch = engine.info.max_batch
+        self.times = BatchTimes()
+        self.expected = 0
+        """Images being decoded, which will be submitted (or withdrawn) soon."""
+        self.last_success = float("-inf")
+        """When a batch last came back whole, on the monotonic clock."""
+        self.dead_because = ""
+        self._engine = engine
+        self._observer = observer
+        self._on_dead = on_dead
+        self._max_delay_s = max_delay_s
+        self._engine_timeout_s = engine_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._queue = _Queue()
+        self._computing: dict[asyncio.Task[None], tuple[float, int]] = {}
+        """Batches handed to the engine: when, and how many images."""
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._task = self._loop.create_task(self._run(), name="batcher")
+
+    # ------------------------------------------------------------------ what the request path calls
+
+    def expect(self) -> None:
+        """An image is going to be decoded."""
+        self.expected += 1
+
+    def withdraw(self) -> None:
+        """An expected image does not come: it did not decode, or nobody wants it any more."""
+        self.expected -= 1
+        self._wake()
+
+    def submit(self, job: Job) -> None:
+        """An expected image is decoded; its answer will come to `job.answer`."""
+        self.expected -= 1
+        job.queued_at = monotonic()
+        if self.dead_because:
+            job.fail(NotReadyError(self.dead_because, retry_after_s=5))
+        else:
+            self._queue.push(job)
+        self._wake()
+
+    @property
+    def depth(self) -> int:
+        """Decoded images that wait for the engine."""
+        return len(self._queue)
+
+    def seconds_until_answered(self, images: int = 1) -> float:
+        """Measured estimate for images that are handed in now: what is before them, then themselves."""
+        now = monotonic()
+        running = sum(
+            max(self.times.predict(size) - (now - since), 0) for since, size in self._computing.values()
+        )
+        return running + self.times.predict_queue(self.depth + self.expected + images, self.max_batch)
+
+    async def close(self) -> None:
+        """Answer everything that was expected or submitted, then end; the engine stays open."""
+        await self._until(lambda: not self._queue and not self.expected and not self._computing)
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    # ------------------------------------------------------------------ the loop
+
+    async def _run(self) -> None:
+        """The batching loop, step by step."""
+        while True:
+            await self._until(
+                self._may_start
+            )  # something waits, and the engine is idle or has just one batch
+            free_at = monotonic()
+            if not self._computing:
+                await self._until(self._complete, deadline=self._queue.oldest() + self._max_delay_s)
+            batch = self._take(free_at)
+            if batch:
+                compute = self._loop.create_task(self._compute(batch))
+                self._computing[compute] = monotonic(), len(batch)
+                compute.add_done_callback(self._computed)
+
+    def _may_start(self) -> bool:
+        waiting, computing = len(self._queue), len(self._computing)
+        return (waiting > 0 and computing == 0) or (waiting >= self.max_batch and computing == 1)
+
+    def _complete(self) -> bool:
+        """Nobody else is about to join the batch, or there is no room."""
+        return self.expected == 0 or len(self._queue) >= self.max_batch
+
+    def _take(self, free_at: float) -> list[Job]:
+        """Up to `max_batch` images that somebody still waits for."""
+        batch: list[Job] = []
+        now = monotonic()
+        while len(batch) < self.max_batch and len(self._queue):
+            for job in self._queue.pop(self.max_batch - len(batch)):
+                if job.wanted and now >= job.deadline:
+                    job.fail(
+                        DeadlineExceededError("the deadline passed while the image waited for the engine")
+                    )
+                if not job.wanted:
+                    job.image = None
+                    self._observer.dropped("engine", job.unwanted_because)
+                else:
+                    job.ready_at = max(job.queued_at, free_at)
+                    batch.append(job)
+        return batch
+
+    async def _compute(self, batch: list[Job]) -> None:
+        """Run a batch; when it fails, halve it until only the guilty images fail."""
+        started = monotonic()
+        images = [job.image for job in batch if job.image is not None]
+        try:
+            async with asyncio.timeout(self._engine_timeout_s):
+                predictions = await self._engine.predict(images)
+            self._check(predictions, len(batch))
+        except TimeoutError:
+            self._die("hung", f"the engine did not answer within {self._engine_timeout_s:g} s", batch)
+        except EngineDead as error:
+            self._die("dead", f"the engine is gone ({error})", batch)
+        except Exception as error:  # whatever an engine raises must not end the loop
+            kind = "out-of-memory" if isinstance(error, EngineOutOfMemory) else "error"
+            self._observer.batch_failed(kind)
+            if len(batch) > 1:
+                log.warning("a batch of %d failed and is halved: %s", len(batch), error)
+                for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                    if alive := [job for job in half if job.wanted]:
+                        await self._compute(alive)
+            else:
+                unexpected = not isinstance(error, EngineError)
+                log.error("the engine failed on an image: %s", error, exc_info=error if unexpected else None)  # noqa: TRY400
+                batch[0].fail(
+                    EngineFailedError("the engine failed on this image; other images are not affected")
+                )
+        else:
+            self._deliver(batch, predictions, started)
+
+    # ------------------------------------------------------------------ the ends of it
+
+    @staticmethod
+    def _check(predictions: Predictions, count: int) -> None:
+        rows = {len(array) for array in predictions}
+        if rows != {count}:
+            raise EngineError(f"the engine answered {sorted(rows)} rows for {count} images")
+        if not np.isfinite(predictions.probabilities_BT).all():
+            raise EngineError("the engine's answer is not a number")
+
+    def _deliver(self, batch: list[Job], predictions: Predictions, started: float) -> None:
+        now = monotonic()
+        self.last_success = now
+        self.times.observe(len(batch), now - started)
+        self._observer.batch_done(len(batch), now - started)
+        for row, job in enumerate(batch):
+            job.image = None
+            if not job.wanted:
+                continue
+            job.answer.set_result(
+                Answer(
+                    probabilities_T=predictions.probabilities_BT[row],
+                    classes_T=predictions.classes_BT[row],
+                    scores_C=predictions.scores_BC[row],
+                    queue_s=job.ready_at - job.queued_at,
+                    batch_s=started - job.ready_at,
+                    infer_s=now - started,
+                    batch_size=len(batch),
+                )
+            )
+
+    def _die(self, kind: str, because: str, batch: list[Job]) -> None:
+        """Fail everything that waits, refuse what comes, and say so once."""
+        self._observer.batch_failed(kind)
+        first, self.dead_because = not self.dead_because, f"{because}; it is being rebuilt"
+        for job in [*batch, *self._queue.pop(len(self._queue))]:
+            job.fail(NotReadyError(self.dead_because, retry_after_s=5))
+        if first:
+            self._on_dead(because)
+
+    def _computed(self, task: asyncio.Task[None]) -> None:
+        del self._computing[task]
+        self._wake()
+
+    async def _until(self, condition: Callable[[], bool], *, deadline: float | None = None) -> None:
+        """Wait until the condition holds or the deadline passes; looked at whenever something changes."""
+        if condition():
+            return
+        wakeup = self._loop.create_future()
+        timer = None
+        if deadline is not None:
+            timer = self._loop.call_later(max(deadline - monotonic(), 0), self._set, wakeup)
+        waiter = (condition, wakeup)
+        self._waiters.append(waiter)
+        try:
+            await wakeup
+        finally:
+            self._waiters.remove(waiter)
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        for condition, wakeup in self._waiters:
+            if condition():
+                self._set(wakeup)
+
+    @staticmethod
+    def _set(wakeup: asyncio.Future[None]) -> None:
+        if not wakeup.done():
+            wakeup.set_result(None)

@@ -1,0 +1,300 @@
+"""`POST /v1/classify`, from the first byte to the last: the hot path of the server, a plain ASGI endpoint.
+
+It bypasses FastAPI's parameter machinery, which costs as much as everything here; `openapi` describes it.
+"""
+
+import asyncio
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+import numpy as np
+
+from topfive_server.admission import Admission
+from topfive_server.batcher import PRIORITIES, Answer, Job, Priority
+from topfive_server.config import ServerConfig
+from topfive_server.decode_pool import DecodePool
+from topfive_server.errors import (
+    BadRequestError,
+    BodyTimeoutError,
+    DeadlineExceededError,
+    DeadlineUnreachableError,
+    DrainingError,
+    NotReadyError,
+    RequestError,
+    TooLargeError,
+)
+from topfive_server.estimate import Average
+from topfive_server.exchange import Exchange
+from topfive_server.models import Models
+from topfive_server.receive import (
+    ClientGoneError,
+    Receive,
+    Upload,
+    declared_length,
+    is_cheap,
+    read_body,
+    unpack,
+)
+from topfive_server.served_model import ServedModel
+
+MAX_TOP_K: Final = 100
+_PARAMETERS: Final = ("top_k", "model", "version")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What a classify request asks for besides its images."""
+
+    top_k: int
+    model: str | None
+    version: str | None
+    timeout_s: float
+    has_deadline: bool
+    """Whether the client named the time-out; ours is no reason to refuse admission."""
+    priority: Priority
+
+
+class ClassifyEndpoint:
+    """Receives, admits, decodes, batches and answers."""
+
+    def __init__(
+        self, *, config: ServerConfig, models: Models, pool: DecodePool, admission: Admission
+    ) -> None:
+        self.draining = False
+        """Set when the listener has closed; what still arrives is refused."""
+        self._config = config
+        self._models = models
+        self._pool = pool
+        self._admission = admission
+        self._receive_s = Average()
+        self._decode_s = Average()
+
+    async def __call__(self, exchange: Exchange, receive: Receive) -> None:
+        """Answer one request; every `RequestError` becomes its problem document."""
+        exchange.route = "/v1/classify"
+        try:
+            await self._classify(exchange, receive)
+        except RequestError as error:
+            await exchange.answer_problem(error)
+        except ClientGoneError:
+            exchange.code = "client-gone"
+
+    async def _classify(self, exchange: Exchange, receive: Receive) -> None:
+        wish = read_wish(exchange, self._config)
+        deadline = exchange.started + wish.timeout_s
+        self._admit(exchange, wish)
+        retry_after_s = self._retry_after(wish)
+        with self._admission.ticket(retry_after_s) as ticket:
+            timeout_s = min(self._config.body_timeout_s, wish.timeout_s)
+            try:
+                body = await read_body(
+                    receive,
+                    exchange.headers,
+                    ticket,
+                    max_bytes=self._config.max_body_bytes,
+                    timeout_s=timeout_s,
+                )
+            except BodyTimeoutError as error:
+                if timeout_s < self._config.body_timeout_s:
+                    raise DeadlineExceededError(f"the deadline passed: {error.detail}") from None
+                raise
+            exchange.bytes_in = len(body)
+            uploads = await self._unpack(body, exchange.headers)
+            ticket.add_images(len(uploads))
+            exchange.images = len(uploads)
+            now = monotonic()
+            exchange.timings["receive"] = now - exchange.started
+            # Looked up again: a hot reload may have happened while the body came in.
+            model = self._models.get(wish.model, wish.version)
+            exchange.model, exchange.version = model.info.name, model.info.version
+            jobs = [model.classify(u.data, deadline=deadline, priority=wish.priority) for u in uploads]
+            outcomes = await self._await_answers(jobs, deadline, receive)
+            await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
+
+    def _admit(self, exchange: Exchange, wish: Wish) -> None:
+        """Refuse before the body is read what could not be served."""
+        model = self._models.get(wish.model, wish.version)
+        if self.draining:
+            raise DrainingError("the server is shutting down; send the request to another", retry_after_s=1)
+        if not model.health.ready:
+            raise NotReadyError(
+                f"model {model.info.name} is not ready: {model.health.reason}", retry_after_s=5
+            )
+        length = declared_length(exchange.headers) or 0
+        if length > self._config.max_body_bytes:
+            raise TooLargeError(
+                f"the body has {length:,} bytes; the limit is {self._config.max_body_bytes:,}"
+            )
+        self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(wish))
+        if wish.has_deadline:
+            needed_s = (
+                model.batcher.seconds_until_answered() + self._receive_s.or_zero() + self._decode_s.or_zero()
+            )
+            if needed_s > wish.timeout_s:
+                raise DeadlineUnreachableError(
+                    f"an answer takes {needed_s * 1000:.0f} ms at the present load, "
+                    f"more than the {wish.timeout_s * 1000:.0f} ms of X-Timeout-Ms",
+                    retry_after_s=needed_s - wish.timeout_s,
+                )
+
+    async def _unpack(self, body: bytes, headers: Mapping[bytes, bytes]) -> list[Upload]:
+        limits = {"max_bytes": self._config.max_body_bytes, "max_images": self._config.max_images}
+        if is_cheap(body, headers):
+            return unpack(body, headers, **limits)
+        return await self._pool.run(lambda: unpack(body, headers, **limits))
+
+    async def _await_answers(
+        self, jobs: Sequence[Job], deadline: float, receive: Receive
+    ) -> list[Answer | RequestError]:
+        """Each image's answer or error, in order.
+
+        Raises:
+            ClientGoneError: the client left; its images are dropped wherever they are.
+            DeadlineExceededError: the deadline passed first; likewise.
+        """
+        loop = asyncio.get_running_loop()
+        watch = loop.create_task(_gone(receive))  # ends by itself once the answer is sent
+        watch.add_done_callback(lambda _: _cancel(jobs))
+        late = DeadlineExceededError("the deadline passed before the answer was there")
+        timer = loop.call_later(max(deadline - monotonic(), 0), _fail, jobs, late)
+        outcomes: list[Answer | RequestError] = []
+        try:
+            for job in jobs:
+                try:
+                    outcomes.append(await job.answer)
+                except RequestError as error:
+                    outcomes.append(error)
+        except asyncio.CancelledError:
+            if watch.done() and not watch.cancelled():
+                raise ClientGoneError from None
+            _cancel(jobs)  # the server itself gives up, at the end of the drain
+            raise
+        finally:
+            timer.cancel()
+        if late in outcomes:
+            raise late
+        return outcomes
+
+    async def _answer(
+        self,
+        exchange: Exchange,
+        model: ServedModel,
+        top_k: int,
+        results: Sequence[tuple[Upload, Job, Answer | RequestError]],
+    ) -> None:
+        observer, labels = model.observer, model.info.spec.labels
+        images: list[dict[str, Any]] = []
+        timings = exchange.timings
+        first_error: RequestError | None = None
+        succeeded = 0
+        for upload, job, outcome in results:
+            image: dict[str, Any] = {"filename": upload.filename}
+            if isinstance(outcome, RequestError):
+                first_error = first_error or outcome
+                image["error"] = outcome.problem()
+                observer.image_failed(outcome.code)
+            else:
+                succeeded += 1
+                image |= {"width": job.width, "height": job.height, "top": top(outcome, labels, top_k)}
+                for stage, seconds in (
+                    ("decode", job.decode_s),
+                    ("queue", outcome.queue_s),
+                    ("batch", outcome.batch_s),
+                    ("infer", outcome.infer_s),
+                ):
+                    timings[stage] = max(timings.get(stage, 0.0), seconds)
+                observer.image_ok(job.decode_s, outcome.queue_s + outcome.batch_s)
+            images.append(image)
+        if succeeded:
+            self._receive_s.observe(timings["receive"])
+            self._decode_s.observe(timings["decode"])
+            await exchange.answer_json(
+                {"model": model.info.name, "version": model.info.version, "images": images}
+            )
+            return
+        assert first_error is not None  # noqa: S101  there is at least one image, and none succeeded
+        if len(images) == 1 and images[0]["filename"] is None:
+            raise first_error
+        await exchange.answer_problem(first_error, images=images)
+
+    def _retry_after(self, wish: Wish) -> Callable[[], float]:
+        """Seconds until the queue has drained, at the measured rate."""
+
+        def seconds() -> float:
+            try:
+                batcher = self._models.get(wish.model, wish.version).batcher
+            except RequestError:
+                return 5.0
+            return batcher.seconds_until_answered(0) + self._decode_s.or_zero()
+
+        return seconds
+
+
+def read_wish(exchange: Exchange, config: ServerConfig) -> Wish:
+    """Parse and check the parameters and headers.
+
+    Raises:
+        BadRequestError: one that is unknown, malformed or out of range.
+    """
+    query = exchange.query()
+    for name in query:
+        if name not in _PARAMETERS:
+            close = difflib.get_close_matches(name, _PARAMETERS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"they are {', '.join(_PARAMETERS)}"
+            raise BadRequestError(f"there is no parameter {name[:40]!r}; {hint}")
+    top_k = _whole_number("top_k", query.get("top_k", "5"), 1, MAX_TOP_K)
+    timeout = exchange.headers.get(b"x-timeout-ms")
+    timeout_s = config.request_timeout_s
+    if timeout is not None:
+        timeout_ms = _whole_number("X-Timeout-Ms", timeout.decode("latin-1"), 1, 86_400_000)
+        timeout_s = min(timeout_s, timeout_ms / 1000)
+    priority = exchange.headers.get(b"x-priority", b"interactive").decode("latin-1")
+    if priority not in PRIORITIES:
+        raise BadRequestError(f"X-Priority is {priority[:40]!r}; it must be {' or '.join(PRIORITIES)}")
+    return Wish(
+        top_k=top_k,
+        model=query.get("model"),
+        version=query.get("version"),
+        timeout_s=timeout_s,
+        has_deadline=timeout is not None,
+        priority=priority,
+    )
+
+
+def _whole_number(name: str, text: str, low: int, high: int) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= 12 and low <= int(text) <= high:
+        return int(text)
+    raise BadRequestError(f"{name} is {text[:40]!r}; it must be a whole number between {low} and {high:,}")
+
+
+def top(answer: Answer, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
+    """The most likely classes, descending: `[{label, class, probability}]`."""
+    classes = answer.classes_T[:top_k]
+    probabilities = answer.probabilities_T[:top_k]
+    if top_k > len(classes) and len(answer.scores_C) > len(classes):
+        classes = np.argsort(-answer.scores_C, kind="stable")[:top_k]
+        probabilities = answer.scores_C[classes]
+    # Through text: a float32's own digits (0.83), not those of the double nearest to it (0.8299999833106995).
+    return [
+        {"label": labels[c], "class": c, "probability": float(str(p))}
+        for c, p in zip(classes.tolist(), probabilities, strict=True)
+    ]
+
+
+def _cancel(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.answer.cancel()
+
+
+def _fail(jobs: Sequence[Job], error: RequestError) -> None:
+    for job in jobs:
+        job.fail(error)
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has left, or when it has been answered."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

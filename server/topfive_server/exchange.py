@@ -1,0 +1,128 @@
+"""One HTTP exchange: what the log and the metrics need to know of it, and how it is answered."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+from topfive_server.errors import BadRequestError, RequestError
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+KEY: Final = "topfive.exchange"
+"""Where the ASGI scope holds the exchange."""
+_JSON: Final = (b"content-type", b"application/json")
+_PROBLEM: Final = (b"content-type", b"application/problem+json")
+_NO_STORE: Final = (b"cache-control", b"no-store")
+_CLOSE: Final = (b"connection", b"close")
+_NO_SNIFF: Final = (b"x-content-type-options", b"nosniff")
+
+
+class Exchange:
+    """A request under way."""
+
+    __slots__ = (
+        "bytes_in",
+        "closing",
+        "code",
+        "headers",
+        "images",
+        "model",
+        "request_id",
+        "route",
+        "scope",
+        "send",
+        "started",
+        "status",
+        "timings",
+        "version",
+    )
+
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        *,
+        headers: Mapping[bytes, bytes],
+        request_id: str,
+        started: float,
+        closing: bool,
+    ) -> None:
+        self.scope = scope
+        self.send = send
+        self.closing = closing
+        """Whether the connection is to end with this answer, because the server is draining."""
+        self.headers = headers
+        """Header names in lower case; of a repeated header the last."""
+        self.request_id = request_id
+        self.started = started
+        """On the monotonic clock."""
+        self.route = "other"
+        """The route's path template: a bounded set, for the metrics."""
+        self.status = 0
+        """0 until the answer begins."""
+        self.code = "ok"
+        """The error's code, or `ok`."""
+        self.model = self.version = ""
+        self.images = 0
+        self.bytes_in = 0
+        self.timings: dict[str, float] = {}
+        """Stage -> seconds; of several images the slowest."""
+
+    def query(self) -> dict[str, str]:
+        """The query parameters; of a repeated one the last.
+
+        Raises:
+            BadRequestError: not UTF-8.
+        """
+        raw = self.scope["query_string"]
+        if not raw:
+            return {}
+        try:
+            return dict(
+                parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=64)
+            )
+        except ValueError as error:  # UnicodeDecodeError among them
+            raise BadRequestError(f"the query string is malformed: {error}") from error
+
+    async def answer_json(self, body: object, *, status: int = 200) -> None:
+        """Answer with JSON."""
+        await self._respond(status, json.dumps(body, ensure_ascii=False, allow_nan=False).encode(), [_JSON])
+
+    async def answer_problem(self, error: RequestError, **members: object) -> None:
+        """Answer with an `application/problem+json` document (RFC 9457)."""
+        self.code = error.code
+        body = json.dumps({**error.problem(), "request_id": self.request_id, **members}, ensure_ascii=False)
+        await self._respond(error.status, body.encode(), [_PROBLEM, *error.headers()])
+
+    async def forward(self, message: MutableMapping[str, Any]) -> None:
+        """Send an answer that FastAPI made, with the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.route = getattr(self.scope.get("route"), "path", "other")
+            if self.status >= 400 and self.code == "ok":
+                self.code = "other"
+            extra = [(b"x-request-id", self.request_id.encode("ascii")), _NO_SNIFF]
+            if self.closing:
+                extra.append(_CLOSE)
+            message = {**message, "headers": [*message.get("headers", []), *extra]}
+        await self.send(message)
+
+    async def _respond(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        headers += [
+            (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", self.request_id.encode("ascii")),
+            _NO_STORE,
+            _NO_SNIFF,
+        ]
+        if self.closing and _CLOSE not in headers:
+            headers.append(_CLOSE)
+        if self.timings:
+            timing = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in self.timings.items())
+            headers.append((b"server-timing", timing.encode("ascii")))
+        if self.scope["method"] == "HEAD":
+            body = b""
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})

@@ -1,0 +1,140 @@
+"""Uvicorn's HTTP/1.1 protocol with what it lacks: limits on the time and the size of headers, and a lossless goodbye."""
+
+import asyncio
+import json
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from topfive_server.config import ServerConfig
+from topfive_server.errors import BadRequestError, BodyTimeoutError, HeadersTooLargeError, RequestError
+
+GOODBYE_S: Final = 0.5
+"""Seconds between the listener's end and the end of idle connections: a request may be on its way in one."""
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    limits: ServerConfig
+    """Set by `guarded`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+        self._reading_headers = False
+        self._leaving = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        """Start the clock for the first request."""
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count what comes before the end of the headers."""
+        if self._reading_headers:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._reading_headers and self._header_bytes > self.limits.max_header_bytes:
+            self._refuse(self._too_large())
+
+    def on_message_begin(self) -> None:
+        """Start the clock for a further request of the connection."""
+        super().on_message_begin()
+        if not self._reading_headers:
+            self._expect_headers()
+
+    def on_headers_complete(self) -> None:
+        """Stop the clock, and hand the request on unless its headers are too large."""
+        self._stop_timer()
+        self._reading_headers = False
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self.limits.max_header_bytes:
+            self._refuse(self._too_large())
+            return
+        if self.transport.is_closing():
+            return
+        super().on_headers_complete()
+        if self._leaving:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Ignore the body of a request that was refused."""
+        if self.cycle is not None:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Likewise."""
+        if self.cycle is not None:
+            super().on_message_complete()
+
+    def shutdown(self) -> None:
+        """Finish the request under way; close an idle connection after a moment, when nothing is on its way in it."""
+        self._leaving = True
+        if self._idle():
+            self.loop.call_later(GOODBYE_S, self._close_if_idle)
+        else:
+            self.cycle.keep_alive = False
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP with a problem document like every other error."""
+        self._refuse(BadRequestError(f"this is not a valid HTTP/1.1 request ({msg.rstrip('.')})"))
+
+    def _close_if_idle(self) -> None:
+        if self._idle():
+            self.transport.close()
+
+    def _idle(self) -> bool:
+        cycle: RequestResponseCycle | None = (
+            self.cycle
+        )  # None before the first request, whatever uvicorn declares
+        return cycle is None or cycle.response_complete
+
+    def _expect_headers(self) -> None:
+        self._reading_headers = True
+        self._header_bytes = 0
+        self._stop_timer()
+        self._header_timer = self.loop.call_later(self.limits.header_timeout_s, self._headers_too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _headers_too_slow(self) -> None:
+        if self._header_bytes == 0:
+            self.transport.close()  # an idle connection has asked nothing; there is nothing to answer
+        else:
+            seconds = self.limits.header_timeout_s
+            self._refuse(
+                BodyTimeoutError(f"the request's headers were not complete within {seconds:g} seconds")
+            )
+
+    def _too_large(self) -> HeadersTooLargeError:
+        limit = self.limits.max_header_bytes
+        return HeadersTooLargeError(f"the request line and headers have more than {limit:,} bytes, the limit")
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer below the application, and close."""
+        self._stop_timer()
+        self._reading_headers = False
+        if self.transport.is_closing():
+            return
+        body = json.dumps(error.problem()).encode()
+        head = (
+            b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+            % len(body)
+        )
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        self.transport.close()
+
+
+def guarded(limits: ServerConfig) -> type[GuardedProtocol]:
+    """The protocol class for a server of these limits (uvicorn wants a class)."""
+    return type("GuardedProtocol", (GuardedProtocol,), {"limits": limits})

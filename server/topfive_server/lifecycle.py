@@ -1,0 +1,103 @@
+"""From SIGTERM to exit code 0 without losing an accepted request.
+
+1. `/readyz` says no, answers carry `Connection: close`; everything is still served for `drain_delay_s`, so that load
+   balancers have time to notice.
+2. The listener closes. Requests under way are answered; what still arrives on open connections gets 503 `draining`.
+3. When the last answer is sent, or after `drain_timeout_s`, the models close and the process ends.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Generator
+
+import uvicorn
+
+from topfive_server.app import Application
+from topfive_server.config import ServerConfig
+from topfive_server.http_protocol import guarded
+
+log = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, driven by us: its signal handling would end the process with the signal instead of 0."""
+
+    def __init__(self, application: Application, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application,
+                loop="none",  # the caller's
+                http=guarded(config),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=int(config.keep_alive_s) or 1,
+                timeout_graceful_shutdown=max(1, int(config.drain_timeout_s)),
+                backlog=2048,
+                ssl_certfile=config.tls_certificate,
+                ssl_keyfile=config.tls_key,
+            )
+        )
+        self._application = application
+        self._drain_delay_s = config.drain_delay_s
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Begin to drain at the first SIGTERM or SIGINT; stop at once at the second."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Begin to drain; called again: stop at once."""
+        if self._draining is None:
+            log.info("draining", extra={"delay_s": self._drain_delay_s})
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            log.warning("stopping at once; requests under way are lost")
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        self._application.begin_drain()
+        await asyncio.sleep(self._drain_delay_s)
+        self._application.refuse_new()
+        self.should_exit = True
+
+    @property
+    def lost_requests(self) -> bool:
+        """Whether requests were still under way when the drain time was over, or were cut off by force."""
+        return self.force_exit or bool(self.server_state.tasks)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind, so that a port in use is known before any model is loaded; uvicorn listens on it later.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener

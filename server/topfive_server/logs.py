@@ -1,0 +1,70 @@
+"""The log: one JSON object a line, one line a request, never a byte of an image."""
+
+import json
+import logging
+import re
+import secrets
+import sys
+import time
+from typing import Any, Final, Literal, TextIO
+
+REQUESTS: Final = "topfive_server.requests"
+"""Name of the logger that writes one line for each request."""
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+def request_id(sent: bytes | None) -> str:
+    """The client's `X-Request-ID` where it is harmless in a log and a header, else a new one."""
+    if sent is not None and _REQUEST_ID.fullmatch(sent):
+        return sent.decode("ascii")
+    return secrets.token_hex(8)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: `time`, `level`, `logger`, `message`, then what was given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line: dict[str, Any] = {
+            "time": _timestamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update((key, value) for key, value in vars(record).items() if key not in _STANDARD)
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """The same for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and a traceback where there is one."""
+        extra = " ".join(f"{key}={value}" for key, value in vars(record).items() if key not in _STANDARD)
+        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.getMessage()}"
+        text = f"{text}  {extra}" if extra else text
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def configure(form: Literal["json", "text"], stream: TextIO | None = None) -> None:
+    """Send everything to one stream (stderr), in one form."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("topfive_server").setLevel(logging.INFO)
+    # The multipart parser warns of every malformed body; the client has been told already.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    # A client that leaves while it is answered is no error of ours.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # a closed stderr must not end a request
+
+
+def _timestamp(seconds: float) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"

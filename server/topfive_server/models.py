@@ -1,0 +1,71 @@
+"""Which model versions are in service; looked up by the names that clients send, never on disk."""
+
+from collections.abc import Iterator
+
+from topfive_server.errors import NotReadyError, UnknownModelError
+from topfive_server.repository import shorten
+from topfive_server.served_model import ServedModel
+
+
+class Models:
+    """Served versions by name; swapped between two requests, so that no request sees half a change."""
+
+    def __init__(self, default: str = "") -> None:
+        """`default` names the model that answers when a request names none; empty: the first by name."""
+        self._default = default
+        self._versions: dict[str, dict[str, ServedModel]] = {}
+
+    def add(self, model: ServedModel) -> ServedModel | None:
+        """Take a started version into service; returns the one of the same name and version that it replaces."""
+        versions = self._versions.setdefault(model.info.name, {})
+        old = versions.get(model.info.version)
+        versions[model.info.version] = model
+        return old
+
+    def remove(self, name: str, version: str) -> ServedModel | None:
+        """Take a version out of service; the caller closes it, which answers what it has accepted."""
+        versions = self._versions.get(name, {})
+        model = versions.pop(version, None)
+        if not versions:
+            self._versions.pop(name, None)
+        return model
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        """Every version, by name and then oldest first."""
+        for name in sorted(self._versions):
+            yield from (self._versions[name][version] for version in self._sorted(name))
+
+    def default_name(self) -> str:
+        """Name of the model that answers when none is named; empty when there is none."""
+        return self._default or min(self._versions, default="")
+
+    def is_default(self, model: ServedModel) -> bool:
+        """Whether it answers requests that name neither model nor version."""
+        name = self.default_name()
+        return model.info.name == name and self._sorted(name)[-1] == model.info.version
+
+    def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
+        """The version that answers: by default the newest of the default model.
+
+        Raises:
+            UnknownModelError: no such model or version is in service.
+            NotReadyError: there is none at all.
+        """
+        wanted = self.default_name() if name is None else name
+        versions = self._versions.get(wanted)
+        if versions is None:
+            if not self._versions:
+                raise NotReadyError("no model is in service", retry_after_s=5)
+            raise UnknownModelError(
+                f"there is no model {shorten(wanted)}; in service: {', '.join(sorted(self._versions))}"
+            )
+        if version is None:
+            return versions[self._sorted(wanted)[-1]] if len(versions) > 1 else next(iter(versions.values()))
+        if version not in versions:
+            raise UnknownModelError(
+                f"model {wanted} has no version {shorten(version)}; in service: {', '.join(self._sorted(wanted))}"
+            )
+        return versions[version]
+
+    def _sorted(self, name: str) -> list[str]:
+        return sorted(self._versions[name], key=lambda version: (len(version), version))

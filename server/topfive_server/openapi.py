@@ -1,0 +1,143 @@
+"""The description of `POST /v1/classify`, which is no FastAPI route, for `/openapi.json`."""
+
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from topfive_server.batcher import PRIORITIES
+from topfive_server.classify import MAX_TOP_K
+from topfive_server.errors import RequestError, all_errors
+
+_TOP: Final[dict[str, Any]] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["label", "class", "probability"],
+        "properties": {
+            "label": {"type": "string"},
+            "class": {"type": "integer", "minimum": 0},
+            "probability": {"type": "number", "minimum": 0, "maximum": 1.0001},
+        },
+    },
+}
+_PROBLEM: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": "RFC 9457",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string", "examples": ["urn:topfive:error:corrupt-image"]},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "request_id": {"type": "string"},
+    },
+}
+_IMAGE: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": "One image's answer: `top`, or `error`.",
+    "required": ["filename"],
+    "properties": {
+        "filename": {"type": ["string", "null"]},
+        "width": {"type": "integer"},
+        "height": {"type": "integer"},
+        "top": _TOP,
+        "error": {"$ref": "#/components/schemas/Problem"},
+    },
+}
+_ANSWER: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["model", "version", "images"],
+    "properties": {
+        "model": {"type": "string"},
+        "version": {"type": "string"},
+        "images": {"type": "array", "items": {"$ref": "#/components/schemas/Image"}},
+    },
+}
+_FORMATS: Final = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff")
+_BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _parameter(name: str, place: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": False, "schema": schema, "description": description}
+
+
+def _responses() -> dict[str, Any]:
+    by_status: dict[int, list[type[RequestError]]] = {}
+    for kind in all_errors():
+        by_status.setdefault(kind.status, []).append(kind)
+    responses: dict[str, Any] = {
+        "200": {
+            "description": "At least one image was classified; the others carry their `error`.",
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}},
+        }
+    }
+    for status, kinds in by_status.items():
+        responses[str(status)] = {
+            "description": "; ".join(f"`{kind.code}`: {kind.title}" for kind in kinds),
+            "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+    return responses
+
+
+CLASSIFY: Final[dict[str, Any]] = {
+    "tags": ["classify"],
+    "summary": "Classify one image, or several",
+    "description": "Send the image as the body (`curl -T cat.jpg`), or one or many as multipart files (`curl -F file=@a.jpg`).",
+    "operationId": "classify",
+    "parameters": [
+        _parameter(
+            "top_k",
+            "query",
+            {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": 5},
+            "Labels an image.",
+        ),
+        _parameter("model", "query", {"type": "string"}, "The model's name; the default model without one."),
+        _parameter("version", "query", {"type": "string"}, "The model's version; the newest without one."),
+        _parameter(
+            "X-Timeout-Ms",
+            "header",
+            {"type": "integer", "minimum": 1, "maximum": 86_400_000},
+            "Deadline in milliseconds; refused at once (429) when it cannot be met, 504 when it passes.",
+        ),
+        _parameter(
+            "X-Priority",
+            "header",
+            {"type": "string", "enum": list(PRIORITIES), "default": "interactive"},
+            "Images of priority `batch` let the others go first.",
+        ),
+        _parameter("X-Request-ID", "header", {"type": "string"}, "Comes back, and is in the log."),
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            **dict.fromkeys(_FORMATS, _BINARY),
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "array", "items": {"type": "string", "format": "binary"}}
+                    },
+                }
+            },
+        },
+    },
+    "responses": _responses(),
+}
+
+
+def add_classify(api: FastAPI) -> None:
+    """Put the classify route and the shared schemas into the application's OpenAPI document."""
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            document = get_openapi(
+                title=api.title, version=api.version, summary=api.summary, routes=api.routes
+            )
+            document["paths"] = {"/v1/classify": {"post": CLASSIFY}, **document["paths"]}
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schemas.update(Answer=_ANSWER, Image=_IMAGE, Problem=_PROBLEM)
+            api.openapi_schema = document
+        return api.openapi_schema
+
+    api.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document

@@ -1,0 +1,209 @@
+"""From the socket to the bytes of each image, within limits of size, number and time.
+
+Limits are applied while the body streams in: nothing larger than allowed is ever held in memory.
+"""
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
+
+from topfive_server.admission import Ticket
+from topfive_server.errors import (
+    BadRequestError,
+    BodyTimeoutError,
+    TooLargeError,
+    TooManyImagesError,
+    UnsupportedImageError,
+)
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+Receive = Callable[[], Awaitable[Any]]
+
+MAX_FILENAME: Final = 255
+"""Characters of a file name that are kept."""
+
+
+class ClientGoneError(Exception):
+    """The connection closed before the body was complete; nobody is left to answer."""
+
+
+class Upload(NamedTuple):
+    """One image as it was sent."""
+
+    filename: str | None
+    data: bytes | memoryview
+
+
+def declared_length(headers: Mapping[bytes, bytes]) -> int | None:
+    """Content-Length, or None for a chunked body.
+
+    Raises:
+        BadRequestError: not a number.
+    """
+    value = headers.get(b"content-length")
+    if value is None:
+        return None
+    if not value.isdigit():
+        raise BadRequestError("Content-Length must be a whole number of bytes")
+    return int(value)
+
+
+async def read_body(
+    receive: Receive, headers: Mapping[bytes, bytes], ticket: Ticket, *, max_bytes: int, timeout_s: float
+) -> bytes:
+    """Read the whole body.
+
+    Raises:
+        TooLargeError: more than `max_bytes`, declared or counted.
+        BodyTimeoutError: not complete within `timeout_s` seconds.
+        QueueFullError: the server's memory for bodies is taken.
+        ClientGoneError: the client has left.
+    """
+    length = declared_length(headers)
+    if length is not None and length > max_bytes:
+        raise TooLargeError(f"the body has {length:,} bytes; the limit is {max_bytes:,}")
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise ClientGoneError
+                if chunk := message.get("body", b""):
+                    size += len(chunk)
+                    if size > max_bytes:
+                        raise TooLargeError(f"the body has more than {max_bytes:,} bytes, the limit")
+                    ticket.add_bytes(len(chunk))
+                    chunks.append(chunk)
+                if not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        of = "" if length is None else f" of {length:,}"
+        raise BodyTimeoutError(
+            f"only {size:,}{of} bytes of the body came within {timeout_s:g} seconds"
+        ) from None
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def unpack(body: bytes, headers: Mapping[bytes, bytes], *, max_bytes: int, max_images: int) -> list[Upload]:
+    """The images of a complete body: one, or the parts of a multipart form.
+
+    Raises:
+        BadRequestError: no body, broken compression or multipart framing, no part.
+        UnsupportedImageError: a content coding other than gzip.
+        TooLargeError: more than `max_bytes` after decompression.
+        TooManyImagesError: more than `max_images` parts.
+    """
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding in {b"gzip", b"x-gzip"}:
+        body = _gunzip(body, max_bytes)
+    elif coding != b"identity":
+        name = coding.decode("latin-1")[:40]
+        raise UnsupportedImageError(
+            f"Content-Encoding {name} is not supported; send gzip, or nothing special"
+        )
+    if not body:
+        raise BadRequestError("the request has no body; send the image as the body, or as multipart files")
+    content_type = headers.get(b"content-type", b"")
+    if content_type[:20].lower().startswith(b"multipart/"):
+        return _split(body, content_type, max_images)
+    return [Upload(None, body)]
+
+
+def is_cheap(body: bytes, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether `unpack` takes no more than about a millisecond, so that it may run on the event loop."""
+    return b"content-encoding" not in headers and (
+        len(body) < 1_000_000 or not headers.get(b"content-type", b"")[:20].lower().startswith(b"multipart/")
+    )
+
+
+def _gunzip(body: bytes, max_bytes: int) -> bytes:
+    """Decompress all members (RFC 1952 section 2.2), never holding more than `max_bytes` of output."""
+    out: list[bytes] = []
+    size = 0
+    while body:
+        member = zlib.decompressobj(wbits=31)
+        try:
+            out.append(member.decompress(body, max_bytes - size + 1))
+        except zlib.error as error:
+            raise BadRequestError(f"the gzip-compressed body is corrupt: {error}") from error
+        size += len(out[-1])
+        if size > max_bytes:
+            raise TooLargeError(f"the body has more than {max_bytes:,} bytes after decompression, the limit")
+        if not member.eof:
+            raise BadRequestError("the gzip-compressed body is truncated")
+        body = member.unused_data
+    return b"".join(out)
+
+
+class _Parts:
+    """Collects the parts that the multipart parser finds; `python_multipart` calls the `on_` methods."""
+
+    def __init__(self, max_images: int) -> None:
+        self.uploads: list[Upload] = []
+        self._max_images = max_images
+        self._pieces: list[memoryview] = []
+        self._field = self._value = b""
+        self._disposition = b""
+
+    def on_part_begin(self) -> None:
+        if len(self.uploads) == self._max_images:
+            raise TooManyImagesError(f"the request has more than {self._max_images} images, the limit")
+        self._pieces = []
+        self._disposition = b""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._field = self._value = b""
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        # Near a false boundary the parser hands out its own small buffer instead of the body.
+        self._pieces.append(memoryview(data)[start:end])
+
+    def on_part_end(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"filename")
+        filename = None if name is None else name.decode("utf-8", "replace")[:MAX_FILENAME]
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self.uploads.append(Upload(filename, data))
+
+
+def _split(body: bytes, content_type: bytes, max_images: int) -> list[Upload]:
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise BadRequestError("a multipart body must be multipart/form-data with a boundary")
+    parts = _Parts(max_images)
+    callbacks: MultipartCallbacks = {
+        "on_part_begin": parts.on_part_begin,
+        "on_header_field": parts.on_header_field,
+        "on_header_value": parts.on_header_value,
+        "on_header_end": parts.on_header_end,
+        "on_part_data": parts.on_part_data,
+        "on_part_end": parts.on_part_end,
+    }
+    try:
+        parser = MultipartParser(boundary, callbacks)
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise BadRequestError(f"the multipart body is malformed: {error}") from error
+    if parser.state != MultipartState.END:
+        raise BadRequestError("the multipart body ends before its closing boundary")
+    if not parts.uploads:
+        raise BadRequestError("the multipart body has no part; send each image as a file")
+    return parts.uploads

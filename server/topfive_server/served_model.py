@@ -1,0 +1,220 @@
+"""One model version in service: its engine, its batcher, its supervision, and whether it is truly ready.
+
+Ready means that an image has gone through the whole path (decode pool, batcher, engine) lately: a real one, or,
+when nobody asks, the golden image, whose answer must not have changed since the engine was warmed up.
+"""
+
+import asyncio
+import io
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from topfive_server.batcher import Answer, Batcher, Job, Priority
+from topfive_server.config import ServerConfig
+from topfive_server.decode_pool import DecodePool, Pixels
+from topfive_server.engine import Engine, EngineError, EngineInfo
+from topfive_server.errors import RequestError
+from topfive_server.metrics import ModelObserver
+from topfive_server.session import one_line
+
+log = logging.getLogger(__name__)
+
+EngineFactory = Callable[[], Awaitable[Engine]]
+
+FRESH_S: Final = 2.0
+"""Seconds for which a batch's success proves readiness; after that a probe sends the golden image."""
+GOLDEN_TOLERANCE: Final = 1e-3
+"""Largest difference of a probability at which the golden image's answer counts as unchanged."""
+_REBUILD_PAUSES_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds before each attempt to rebuild an engine; the last one repeats."""
+_CLOSE_TIMEOUT_S: Final = 5.0
+"""Seconds that a dead engine is given to release its device; a hung one never will."""
+
+
+def golden_image() -> bytes:
+    """A drawn photograph-sized JPEG: smooth colour and sharp edges, the same in every process."""
+    y, x = np.mgrid[0:375, 0:500]
+    rgb = np.stack([x * 255 / 499, y * 255 / 374, 127 + 127 * np.sin(x / 17) * np.cos(y / 23)], axis=-1)
+    rgb[(x - 250) ** 2 + (y - 187) ** 2 < 90**2] = (250, 200, 30)
+    file = io.BytesIO()
+    Image.fromarray(rgb.astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@dataclass(kw_only=True)
+class Health:
+    """What `/readyz` says of one model version."""
+
+    ready: bool = False
+    reason: str = "the engine has not been warmed up yet"
+    golden: Answer | None = field(default=None, repr=False)
+    """The golden image's first answer."""
+
+
+class ServedModel:
+    """Decodes, batches and infers for one version; rebuilds its engine when that has died."""
+
+    def __init__(
+        self,
+        build: EngineFactory,
+        *,
+        input_side: int,
+        config: ServerConfig,
+        pool: DecodePool,
+        observer: Callable[[EngineInfo], ModelObserver],
+    ) -> None:
+        """Nothing runs until `start`.
+
+        Args:
+            build: makes an engine, cold; called again when the engine has died.
+            input_side: side of the square that the graph takes, in pixels.
+            config: the server's.
+            pool: the server's.
+            observer: makes the metrics' view of the model.
+        """
+        self.health = Health()
+        self.info: EngineInfo
+        self.observer: ModelObserver
+        self.batcher: Batcher
+        self._engine: Engine
+        self._build = build
+        self._input_side = input_side
+        self._config = config
+        self._pool = pool
+        self._make_observer = observer
+        self._loop = asyncio.get_running_loop()
+        self._golden = golden_image()
+        self._probe: asyncio.Task[bool] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Build the engine, warm it up and send the golden image through the whole path.
+
+        Raises:
+            EngineError, RequestError: it does not work; the message says why.
+        """
+        engine = await self._build()
+        try:
+            await engine.warm_up()
+        except BaseException:
+            await engine.close()
+            raise
+        self._engine = engine
+        self.info = engine.info
+        self.observer = self._make_observer(engine.info)
+        self.batcher = Batcher(
+            engine,
+            observer=self.observer,
+            on_dead=self._engine_died,
+            max_delay_s=self._config.max_delay_ms / 1000,
+            engine_timeout_s=self._config.engine_timeout_s,
+        )
+        try:
+            await self._send_golden()
+        except BaseException:
+            await self._release()
+            raise
+        self.health.ready, self.health.reason = True, ""
+
+    def classify(self, data: bytes | memoryview, *, deadline: float, priority: Priority) -> Job:
+        """Start decoding an image; `job.answer` will hold its predictions or a `RequestError`."""
+        job = Job(deadline=deadline, priority=priority, loop=self._loop)
+        batcher = self.batcher
+        batcher.expect()
+        started = monotonic()
+
+        def decoded(job: Job, outcome: Pixels | RequestError | None) -> None:
+            job.decode_s = monotonic() - started
+            if isinstance(outcome, Pixels) and job.wanted:
+                job.image, job.width, job.height = outcome
+                batcher.submit(job)
+                return
+            batcher.withdraw()
+            if isinstance(outcome, RequestError):
+                job.fail(outcome)
+            else:
+                self.observer.dropped("decode" if outcome is None else "engine", job.unwanted_because)
+
+        self._pool.decode(data, self.info.spec.preprocessing, self._input_side, job, decoded)
+        return job
+
+    async def ready(self) -> bool:
+        """Whether an image gets through now; sends the golden image unless a batch has just succeeded."""
+        if not self.health.ready:
+            return False
+        if monotonic() - self.batcher.last_success < FRESH_S:
+            return True
+        if self._probe is None or self._probe.done():
+            self._probe = self._loop.create_task(self._probe_golden())
+        return await asyncio.shield(self._probe)
+
+    async def close(self) -> None:
+        """Answer what has been accepted, then release the device."""
+        self._closed = True
+        self.health.ready, self.health.reason = False, "the model is being taken out of service"
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        await self._release()
+
+    async def _release(self) -> None:
+        await self.batcher.close()
+        await self._engine.close()
+
+    async def _probe_golden(self) -> bool:
+        try:
+            await self._send_golden()
+        except (RequestError, EngineError) as error:
+            log.error("the golden image was not answered: %s", error)  # noqa: TRY400  a state, not a fault of the code
+            return False
+        return True
+
+    async def _send_golden(self) -> None:
+        """Send the golden image through the whole path.
+
+        Raises:
+            RequestError: it was not answered.
+            EngineError: its answer has changed.
+        """
+        timeout_s = self._config.engine_timeout_s + 5
+        job = self.classify(self._golden, deadline=monotonic() + timeout_s, priority="interactive")
+        answer = await asyncio.wait_for(job.answer, timeout_s)
+        first = self.health.golden
+        if first is None:
+            self.health.golden = answer
+        elif not np.allclose(first.scores_C, answer.scores_C, rtol=0, atol=GOLDEN_TOLERANCE):
+            difference = float(np.abs(first.scores_C - answer.scores_C).max())
+            raise EngineError(
+                f"the golden image's probabilities have moved by {difference:.3g}; at most {GOLDEN_TOLERANCE} is rounding"
+            )
+
+    def _engine_died(self, reason: str) -> None:
+        self.health.ready, self.health.reason = False, reason
+        log.error("model %s version %s: %s", self.info.name, self.info.version, reason)
+        if not self._closed and (self._supervisor is None or self._supervisor.done()):
+            self._supervisor = self._loop.create_task(self._rebuild())
+
+    async def _rebuild(self) -> None:
+        """Replace a dead engine, trying until it works."""
+        for attempt in range(1_000_000):
+            await asyncio.sleep(_REBUILD_PAUSES_S[min(attempt, len(_REBUILD_PAUSES_S) - 1)])
+            try:
+                await asyncio.wait_for(self._release(), _CLOSE_TIMEOUT_S)
+            except Exception as error:  # noqa: BLE001  a dead engine may fail to close in any way
+                log.warning("the dead engine did not close: %s", one_line(error))
+            try:
+                await asyncio.wait_for(self.start(), 10 * self._config.engine_timeout_s)
+            except Exception as error:  # noqa: BLE001  whatever it is, the next attempt may succeed
+                self.health.reason = f"rebuilding the engine failed: {one_line(error)}"
+                self.observer.rebuilt("failed")
+                log.error("model %s: %s", self.info.name, self.health.reason)  # noqa: TRY400
+            else:
+                self.observer.rebuilt("ok")
+                log.warning("model %s version %s: the engine was rebuilt", self.info.name, self.info.version)
+                return

@@ -1,0 +1,85 @@
+// The page's only program: send each photo to /v1/classify and draw its labels as bars.
+const by = (id) => document.getElementById(id);
+const drop = by("drop"), input = by("file"), message = by("message"), results = by("results"), key = by("key");
+
+const element = (name, className, text) => {
+  const node = document.createElement(name);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+};
+const headers = () => (key.value ? { "X-API-Key": key.value } : {});
+
+function card(file) {
+  const node = element("article", "card");
+  const figure = element("figure");
+  const picture = element("img");
+  picture.alt = file.name;
+  picture.src = URL.createObjectURL(file);
+  picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
+  figure.append(picture, element("figcaption", "", file.name));
+  const answer = element("div", "answer");
+  answer.append(element("p", "quiet", "Looking…"));
+  node.append(figure, answer);
+  results.prepend(node);
+  return answer;
+}
+
+function bar({ label, probability }) {
+  const row = element("li");
+  const name = element("span", "label", label);
+  const meter = element("meter");
+  meter.max = 1;
+  meter.value = probability;
+  meter.title = String(probability);
+  const share = probability >= 0.0005 ? `${(100 * probability).toFixed(1)} %` : "< 0.1 %";
+  row.append(name, meter, element("span", "share", share));
+  return row;
+}
+
+async function classify(file) {
+  const answer = card(file);
+  const started = performance.now();
+  try {
+    const response = await fetch("/v1/classify", { method: "POST", body: file, headers: headers() });
+    const body = await response.json();
+    by("keyline").hidden = response.status !== 401 && !key.value;
+    if (!response.ok) throw new Error(body.detail);
+    const list = element("ol", "bars");
+    list.append(...body.images[0].top.map(bar));
+    const { width, height } = body.images[0];
+    const ms = Math.round(performance.now() - started);
+    answer.replaceChildren(list, element("p", "quiet", `${width} × ${height} · ${body.model} version ${body.version} · ${ms} ms`));
+  } catch (error) {
+    const text = error instanceof TypeError ? "the server does not answer" : error.message;
+    answer.replaceChildren(element("p", "error", text));
+  }
+}
+
+async function classifyAll(files) {
+  for (const file of files) await classify(file);
+}
+
+input.addEventListener("change", () => { classifyAll([...input.files]); });
+for (const type of ["dragenter", "dragover"]) {
+  addEventListener(type, (event) => { event.preventDefault(); drop.classList.add("over"); });
+}
+addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  drop.classList.remove("over");
+  classifyAll([...event.dataTransfer.files]);
+});
+addEventListener("paste", (event) => classifyAll([...event.clipboardData.files]));
+
+by("curl").textContent = `curl -T photo.jpg -X POST ${location.origin}/v1/classify`;
+async function describe() {
+  const response = await fetch("/v1/models", { headers: headers() });
+  by("keyline").hidden = response.status !== 401 && !key.value;
+  if (!response.ok) return;
+  const { models } = await response.json();
+  const model = models.find((m) => m.default);
+  if (model) by("model").textContent = `${model.name} version ${model.version}: ${model.classes} classes, on ${model.device}`;
+}
+key.addEventListener("change", describe);
+describe().catch(() => { message.textContent = "The server does not answer."; });
