@@ -1,0 +1,101 @@
+"""What both clients are made with."""
+
+import os
+from dataclasses import dataclass
+
+import httpx2
+
+from topfive._protocol import Options
+from topfive._retry import RetryPolicy
+from topfive._version import __version__
+from topfive.errors import TopfiveError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE = "TOPFIVE_URL"
+API_KEY_VARIABLE = "TOPFIVE_API_KEY"
+DEFAULT_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
+"""Seconds for each phase: to connect, to send a piece, to wait for a piece of the answer, to get a connection."""
+
+
+class ClientError(TopfiveError, ValueError):
+    """An argument of a client that makes no sense."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Address, credentials and time limits of a client, checked."""
+
+    url: str
+    """Base address without a trailing slash."""
+    headers: dict[str, str]
+    timeout: httpx2.Timeout
+    retry: RetryPolicy
+
+    @classmethod
+    def make(
+        cls,
+        url: str | None,
+        api_key: str | None,
+        timeout: float | httpx2.Timeout | None,
+        retry: RetryPolicy | None,
+    ) -> "Settings":
+        """From a client's arguments and the environment.
+
+        Raises:
+            ClientError: an address without http:// or https://, or a time limit that is none.
+        """
+        url = url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        try:
+            parsed = httpx2.URL(url)
+        except httpx2.InvalidURL as error:
+            raise ClientError(f"the address {url!r} is not a URL: {error}") from error
+        if parsed.scheme not in {"http", "https"} or not parsed.host:
+            raise ClientError(
+                f"the address {url!r} must begin with http:// or https:// and name a host, as {DEFAULT_URL}"
+            )
+        headers = {"User-Agent": f"topfive-python/{__version__}", "Accept": "application/json"}
+        api_key = api_key or os.environ.get(API_KEY_VARIABLE)
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        return cls(
+            url=url.rstrip("/"),
+            headers=headers,
+            timeout=_timeout(timeout, DEFAULT_TIMEOUT),
+            retry=retry or RetryPolicy(),
+        )
+
+    def options(
+        self,
+        *,
+        top_k: int | None,
+        model: str | None,
+        version: str | int | None,
+        timeout: float | httpx2.Timeout | None,
+        deadline: float | None,
+    ) -> Options:
+        """A call's arguments, checked.
+
+        Raises:
+            ClientError: a number that cannot be.
+        """
+        if top_k is not None and top_k < 1:
+            raise ClientError(f"top_k is {top_k}; it must be at least 1")
+        if deadline is not None and not deadline > 0:
+            raise ClientError(f"deadline is {deadline}; it must be more than 0 seconds")
+        return Options(
+            top_k=top_k,
+            model=model,
+            version=None if version is None else str(version),
+            timeout=_timeout(timeout, self.timeout),
+            deadline=deadline,
+        )
+
+
+def _timeout(given: float | httpx2.Timeout | None, default: httpx2.Timeout) -> httpx2.Timeout:
+    if given is None:
+        return default
+    if isinstance(given, httpx2.Timeout):
+        return given
+    if not given > 0:
+        raise ClientError(f"timeout is {given}; it must be more than 0 seconds")
+    return httpx2.Timeout(given)
