@@ -1,0 +1,262 @@
+"""Scoring through a server: a few requests of several images at once, and patience when the server is away."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from topfive import (
+    ApiConnectionError,
+    ApiError,
+    ApiResponseError,
+    ApiStatusError,
+    BatchLimits,
+    Classification,
+    Client,
+    Failure,
+    Model,
+    OverloadedError,
+    RetryPolicy,
+    UnavailableError,
+)
+from topfive.scoring._errors import InterruptedJobError, RefusedError, ServerGoneError, StoppedError
+from topfive.scoring._rows import ENGINE_FAILED, Label, Outcome, failed
+from topfive.scoring._scorer import Identity, run_ahead
+from topfive.scoring._sources import ReadError, Source
+
+_PASSING: Final = frozenset({408, 429, 502, 503, 504})
+"""Statuses that say nothing of the image; it is sent again."""
+_REFUSED: Final = (OverloadedError, UnavailableError)
+"""Nothing was computed: however often it happens, it is not the image's fault."""
+_FIRST_DELAY_S: Final = 0.5
+_MAX_DELAY_S: Final = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How the server is asked."""
+
+    requests: int = 4
+    """Requests under way at once."""
+    request_images: int = 16
+    """Images of one request at most; fewer when they are large."""
+    patience_s: float = 300.0
+    """Seconds to keep trying while no answer can be had, before the job stops."""
+
+    def __post_init__(self) -> None:
+        """Reject nonsense, naming the field."""
+        for name, least in (("requests", 1), ("request_images", 1), ("patience_s", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+class RemoteScorer:
+    """Files to outcomes through a server; the model is pinned by name and version for the whole job."""
+
+    def __init__(
+        self,
+        client: Client,
+        source: Source,
+        *,
+        top_k: int,
+        model: str | None = None,
+        version: str | None = None,
+        config: ServerConfig | None = None,
+        stop: threading.Event | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Ask the server which model it is.
+
+        Args:
+            client: belongs to the scorer, which closes it; one without retries (`patient_client`).
+            source: where the files are.
+            top_k: labels per file.
+            model: name of the model; the server's default by default.
+            version: its version; by default the one that the server lists as default, or the highest.
+            config: how to ask.
+            stop: ends the waiting for a server that is away.
+            note: is told when the server goes away and when it is back.
+
+        Raises:
+            RefusedError: the server does not offer this model.
+            ApiError: the server cannot be asked.
+        """
+        self._client = client
+        self._source = source
+        self._top_k = top_k
+        self._config = config or ServerConfig()
+        self._stop = stop or threading.Event()
+        self._note = note
+        self._lock = threading.Lock()
+        self._away = False
+        self._answered_s = time.monotonic()
+        self._model = _choose(client.models(), model, version, client.url)
+
+    @property
+    def identity(self) -> Identity:
+        """See `Scorer.identity`."""
+        return Identity(
+            model=self._model.name,
+            version=self._model.version,
+            fingerprint=f"{self._model.classes} classes, crop {self._model.crop}, as a server lists it",
+            classes=self._model.classes,
+            runs_on=self._client.url,
+        )
+
+    @property
+    def chunk_files(self) -> int:
+        """Images of one request."""
+        return self._config.request_images
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def score(self, chunks: Iterable[list[str]]) -> Generator[list[Outcome]]:
+        """See `Scorer.score`."""
+        self._answered_s = time.monotonic()
+        pool = ThreadPoolExecutor(self._config.requests, thread_name_prefix="score")
+        try:
+            for future in run_ahead(
+                chunks, lambda chunk: pool.submit(self._score_chunk, chunk), ahead=2 * self._config.requests
+            ):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _score_chunk(self, paths: Sequence[str]) -> list[Outcome]:
+        outcomes: list[Outcome | None] = []
+        images: list[bytes] = []
+        for path in paths:
+            try:
+                images.append(self._source.read(path))
+                outcomes.append(None)
+            except ReadError as error:
+                outcomes.append(failed(error.status, error))
+        answers = iter(self._ask_patiently(images))
+        return [next(answers) if outcome is None else outcome for outcome in outcomes]
+
+    def _ask_patiently(self, images: Sequence[bytes]) -> list[Outcome]:
+        """Ask until every image has a lasting answer.
+
+        Raises:
+            ServerGoneError: nobody got an answer for the patience's length.
+        """
+        outcomes: list[Outcome | None] = [None] * len(images)
+        started_s = time.monotonic()
+        attempt = 0
+        while missing := [index for index, outcome in enumerate(outcomes) if outcome is None]:
+            answers = self._ask([images[index] for index in missing])
+            problem: ApiError | None = None
+            for index, answer in zip(missing, answers, strict=True):
+                if isinstance(answer, Outcome):
+                    outcomes[index] = answer
+                else:
+                    problem = answer
+            if problem is None:
+                break
+            attempt += 1
+            waited_long = time.monotonic() - started_s >= self._config.patience_s
+            if not waited_long or (isinstance(problem, _REFUSED) and self._others_are_answered()):
+                self._wait(problem, attempt)
+            elif not self._others_are_answered():
+                raise ServerGoneError(
+                    f"the server at {self._client.url} gave no answer for {self._config.patience_s:g} s ({problem})"
+                )
+            elif len(missing) == 1:
+                outcomes[missing[0]] = failed(
+                    "no-answer", f"the server answers other images, not this one: {problem}"
+                )
+            else:
+                # One of them may be what the server cannot answer.
+                for index in missing:
+                    outcomes[index] = self._ask_patiently([images[index]])[0]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _ask(self, images: Sequence[bytes]) -> list[Outcome | ApiError]:
+        """Ask once; an error stands for each image that should be asked for again.
+
+        Raises:
+            StoppedError: asking again cannot help.
+        """
+        limits = BatchLimits(images=self._config.request_images, concurrency=1)
+        try:
+            answers = list(
+                self._client.classify_many(
+                    images,
+                    top_k=self._top_k,
+                    model=self._model.name,
+                    version=self._model.version,
+                    limits=limits,
+                )
+            )
+        except ApiConnectionError as error:
+            return [error] * len(images)
+        except (ApiStatusError, ApiResponseError) as error:
+            raise StoppedError(f"the server at {self._client.url} refuses: {error}") from error
+        results = [self._read(answer) for answer in answers]
+        if any(isinstance(result, Outcome) for result in results):
+            self._on_answer()
+        return results
+
+    def _read(self, answer: Classification | Failure) -> Outcome | ApiError:
+        if isinstance(answer, Classification):
+            if (answer.model, answer.version) != (self._model.name, self._model.version):
+                raise StoppedError(
+                    f"the server at {self._client.url} was asked for {self._model.name} version {self._model.version} "
+                    f"and answers with {answer.model} version {answer.version}"
+                )
+            top = [Label(label.label, label.class_index, label.probability) for label in answer.top]
+            return Outcome(width=answer.width, height=answer.height, top=top)
+        error = answer.error
+        if not isinstance(error, ApiStatusError):
+            return failed("unreadable", error)
+        if error.status in _PASSING:
+            return error
+        fallback = ENGINE_FAILED if error.status >= 500 else f"http-{error.status}"
+        return failed(error.code or fallback, error)
+
+    # --- the server's absence, which all requests share
+
+    def _others_are_answered(self) -> bool:
+        return time.monotonic() - self._answered_s < self._config.patience_s
+
+    def _on_answer(self) -> None:
+        with self._lock:
+            self._answered_s = time.monotonic()
+            was_away, self._away = self._away, False
+        if was_away:
+            self._note(f"The server at {self._client.url} answers again.")
+
+    def _wait(self, problem: ApiError, attempt: int) -> None:
+        """Wait before asking again, at least as long as the server said; ends when the job is stopped."""
+        asked_s = problem.retry_after if isinstance(problem, ApiStatusError) else None
+        if asked_s is None or attempt > 3:
+            with self._lock:
+                was_away, self._away = self._away, True
+            if not was_away:
+                self._note(
+                    f"The server at {self._client.url} gives no answer ({problem}); "
+                    f"trying again for {self._config.patience_s:g} s."
+                )
+        doubled_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** min(attempt - 1, 20))
+        delay_s = max(asked_s or 0.0, doubled_s * random.uniform(0.5, 1.0))  # noqa: S311  jitter, no secret
+        if self._stop.wait(delay_s):
+            raise InterruptedJobError("stopped as asked, while the server was away")
+
+
+def patient_client(url: str | None, **options: object) -> Client:
+    """A client that leaves the retries to `RemoteScorer`, which can be stopped while it waits."""
+    return Client(url, retry=RetryPolicy(attempts=1), **options)  # type: ignore[arg-type]
+
+
+def _choose(models: Sequence[Model], name: str | None, version: str | None, url: str) -> Model:
+    chosen = [model for model in models if name in {None, model.name} and version in {None, model.version}]
+    if not chosen:
+        offered = ", ".join(f"{model.name} version {model.version}" for model in models) or "no model at all"
+        wanted = " ".join(["model", *([name] if name else []), *(["version", version] if version else [])])
+        raise RefusedError(f"the server at {url} does not offer {wanted}; it offers {offered}")
+    return max(chosen, key=lambda model: (model.default, model.version.isdecimal() and int(model.version)))
