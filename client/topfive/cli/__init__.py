@@ -1,5 +1,6 @@
 """The one command line, `topfive`: see `main`."""
 
+import io
 import os
 import sys
 import traceback
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None, *, commands: Sequence[Command] 
         141 broken pipe; a command's documentation names what else it returns.
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         return _run(tokens, commands)
     except SystemExit as stop:
