@@ -59,8 +59,9 @@ STEPS: Final = (
         title="Training AlexNet at a quarter of its width, on all cores, as two data-parallel processes",
         output=DEMO / "run",
         arguments=(
-            *("train", "demo/images", "--out", "demo/run", "--recipe", "modern"),
-            *("--width", "0.25", "--epochs", "10", "--processes", "2"),
+            *("train", "demo/images", "--out", "demo/run", "--recipe", "modern", "--processes", "2"),
+            *("--width", "0.25", "--epochs", "12", "--batch-size", "32"),
+            *("--dropout", "0.2", "--label-smoothing", "0", "--warmup-epochs", "1"),
         ),
         resume=("--resume",),
     ),
@@ -68,7 +69,16 @@ STEPS: Final = (
         name="export",
         title="Exporting to ONNX, and checking that it answers as the trained network does",
         output=DEMO / "models",
-        arguments=("export", "demo/run", "--out", "demo/models", "--name", "demo"),
+        arguments=(
+            "export",
+            "demo/run",
+            "--out",
+            "demo/models",
+            "--name",
+            "demo",
+            "--images",
+            "demo/images/val",
+        ),
     ),
 )
 
