@@ -49,6 +49,7 @@ class FakeClassifier:
         self.version = version
         self.fingerprint = f"fingerprint of {version}"
         self.max_batch = max_batch
+        self.input_side = 256
         self.delay_s = delay_s
         self.batches: list[int] = []
         self.closed = False
@@ -58,6 +59,7 @@ class FakeClassifier:
     ) -> list[list[tuple[str, int, float]]]:
         """See the class."""
         self.batches.append(len(squares))
+        assert {square.size for square in squares} == {(256, 256)}
         time.sleep(self.delay_s)
         return [self.answer(square.getpixel((100, 100)), top_k) for square in squares]
 
@@ -78,7 +80,11 @@ class FakeClassifier:
 
 
 def score_with(
-    classifier: FakeClassifier, folder: Path, output: Path, config: JobConfig | None = None, **more: object
+    classifier: FakeClassifier,
+    folder: Path | str,
+    output: Path,
+    config: JobConfig | None = None,
+    **more: object,
 ) -> object:
     """`run_job` with the engine in process."""
     config = config or JobConfig()
@@ -111,6 +117,11 @@ def uninterrupted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def saved_rows(output: Path) -> int:
+    parts = output.with_name(output.name + ".parts").glob("*-*.jsonl")
+    return max((int(part.stem.split("-")[1]) for part in parts), default=0)
 
 
 def copy_of(photos: Path, tmp_path: Path) -> Path:

@@ -22,6 +22,7 @@ from tests.client.score_fakes import (
     copy_of,
     photos,
     rows_of,
+    saved_rows,
     score_with,
     uninterrupted,
 )
@@ -39,11 +40,6 @@ __all__ = ["photos", "uninterrupted"]
 
 def job_command(photos: Path, output: Path, save_every_s: float = 0) -> list[str]:
     return [sys.executable, "-m", "tests.client.score_fakes", str(photos), str(output), str(save_every_s)]
-
-
-def saved_rows(output: Path) -> int:
-    parts = output.with_name(output.name + ".parts").glob("*-*.jsonl")
-    return max((int(part.stem.split("-")[1]) for part in parts), default=0)
 
 
 class StopAfter:
@@ -181,7 +177,8 @@ def test_an_image_that_the_engine_fails_on_costs_its_batch_nothing(photos: Path,
 
 def test_an_engine_that_fails_on_everything_stops_the_job(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        StoppedError, match=r"32 files in a row failed; the engine failed .*: CUDA error 700.*the same command"
+        StoppedError,
+        match=r"32 files in a row failed; the engine failed .*: CUDA error 700.*the same command",
     ):
         score_with(Failing(None), photos, tmp_path / "r.jsonl", JobConfig(save_every_s=0))
     assert saved_rows(tmp_path / "r.jsonl") == 0

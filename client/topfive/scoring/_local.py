@@ -40,6 +40,8 @@ class Classifier(Protocol):
     version: str
     fingerprint: str
     max_batch: int
+    input_side: int
+    """Side of the squares, in pixels: the crop, or `short_side` for a graph that cuts ten views itself."""
 
     def classify_batch(
         self, squares: Sequence[Image.Image], top_k: int = 5
@@ -126,7 +128,10 @@ class LocalScorer:
     def _decode(self, path: str) -> Decoded | Outcome:
         try:
             return decode(
-                self._source.read(path), self._classifier.spec.preprocessing, max_pixels=self._max_pixels
+                self._source.read(path),
+                self._classifier.spec.preprocessing,
+                crop=self._classifier.input_side,
+                max_pixels=self._max_pixels,
             )
         except ReadError as error:
             return failed(error.status, error)

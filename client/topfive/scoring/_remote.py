@@ -31,6 +31,10 @@ _PASSING: Final = frozenset({408, 429, 502, 503, 504})
 """Statuses that say nothing of the image; it is sent again."""
 _REFUSED: Final = (OverloadedError, UnavailableError)
 """Nothing was computed: however often it happens, it is not the image's fault."""
+_MAX_SUSPICIONS: Final = 3
+"""Failures on the same images while the server says that it is ready, before one of them counts as the cause."""
+_QUIET_ATTEMPTS: Final = 3
+"""Refusals with a `Retry-After` that are waited for without a word."""
 _FIRST_DELAY_S: Final = 0.5
 _MAX_DELAY_S: Final = 15.0
 
@@ -146,12 +150,10 @@ class RemoteScorer:
             ServerGoneError: nobody got an answer for the patience's length.
         """
         outcomes: list[Outcome | None] = [None] * len(images)
-        started_s = time.monotonic()
-        attempt = 0
+        attempt = suspicions = 0
         while missing := [index for index, outcome in enumerate(outcomes) if outcome is None]:
-            answers = self._ask([images[index] for index in missing])
             problem: ApiError | None = None
-            for index, answer in zip(missing, answers, strict=True):
+            for index, answer in zip(missing, self._ask([images[i] for i in missing]), strict=True):
                 if isinstance(answer, Outcome):
                     outcomes[index] = answer
                 else:
@@ -159,21 +161,22 @@ class RemoteScorer:
             if problem is None:
                 break
             attempt += 1
-            waited_long = time.monotonic() - started_s >= self._config.patience_s
-            if not waited_long or (isinstance(problem, _REFUSED) and self._others_are_answered()):
-                self._wait(problem, attempt)
-            elif not self._others_are_answered():
-                raise ServerGoneError(
-                    f"the server at {self._client.url} gave no answer for {self._config.patience_s:g} s ({problem})"
-                )
-            elif len(missing) == 1:
-                outcomes[missing[0]] = failed(
-                    "no-answer", f"the server answers other images, not this one: {problem}"
-                )
-            else:
-                # One of them may be what the server cannot answer.
+            ready = not isinstance(problem, _REFUSED) and self._client.ready()
+            if ready:
+                self._on_answer()
+                suspicions += 1
+            if suspicions == _MAX_SUSPICIONS:
+                # The server is well and fails on these images: one of them may be to blame.
                 for index in missing:
-                    outcomes[index] = self._ask_patiently([images[index]])[0]
+                    outcomes[index] = (
+                        self._ask_patiently([images[index]])[0]
+                        if len(missing) > 1
+                        else failed(
+                            "no-answer", f"the server is ready but gives this file no answer: {problem}"
+                        )
+                    )
+                break
+            self._wait(problem, attempt, away=not ready)
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _ask(self, images: Sequence[bytes]) -> list[Outcome | ApiError]:
@@ -221,9 +224,6 @@ class RemoteScorer:
 
     # --- the server's absence, which all requests share
 
-    def _others_are_answered(self) -> bool:
-        return time.monotonic() - self._answered_s < self._config.patience_s
-
     def _on_answer(self) -> None:
         with self._lock:
             self._answered_s = time.monotonic()
@@ -231,16 +231,25 @@ class RemoteScorer:
         if was_away:
             self._note(f"The server at {self._client.url} answers again.")
 
-    def _wait(self, problem: ApiError, attempt: int) -> None:
-        """Wait before asking again, at least as long as the server said; ends when the job is stopped."""
+    def _wait(self, problem: ApiError, attempt: int, *, away: bool) -> None:
+        """Wait before asking again, at least as long as the server said; ends when the job is stopped.
+
+        Raises:
+            ServerGoneError: nobody got an answer for the patience's length.
+            InterruptedJobError: the job was stopped.
+        """
+        patience_s = self._config.patience_s
+        if time.monotonic() - self._answered_s > patience_s:
+            raise ServerGoneError(
+                f"the server at {self._client.url} gave no answer for {patience_s:g} s ({problem})"
+            )
         asked_s = problem.retry_after if isinstance(problem, ApiStatusError) else None
-        if asked_s is None or attempt > 3:
+        if away and (asked_s is None or attempt > _QUIET_ATTEMPTS):
             with self._lock:
                 was_away, self._away = self._away, True
             if not was_away:
                 self._note(
-                    f"The server at {self._client.url} gives no answer ({problem}); "
-                    f"trying again for {self._config.patience_s:g} s."
+                    f"The server at {self._client.url} gives no answer ({problem}); trying again for {patience_s:g} s."
                 )
         doubled_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** min(attempt - 1, 20))
         delay_s = max(asked_s or 0.0, doubled_s * random.uniform(0.5, 1.0))  # noqa: S311  jitter, no secret
