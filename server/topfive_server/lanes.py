@@ -11,9 +11,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .buckets import bucket_for
-from .engine import Predictions
-from .pinned import PageLocked
+from topfive_server.buckets import bucket_for
+from topfive_server.engine import Predictions
+from topfive_server.pinned import PageLocked
 
 INPUT: Final = "image"
 OUTPUTS: Final = ("probabilities", "classes", "scores")

@@ -13,12 +13,12 @@ from typing import Final
 
 import numpy as np
 
-from .buckets import make_buckets
-from .devices import Device
-from .engine import EngineDead, EngineError, EngineInfo, Predictions
-from .lanes import DeviceLane, HostLane, Images, Lane
-from .repository import ModelVersion
-from .session import RuntimeOptions, engine_error, open_session
+from topfive_server.buckets import make_buckets
+from topfive_server.devices import Device
+from topfive_server.engine import EngineDead, EngineError, EngineInfo, Predictions
+from topfive_server.lanes import DeviceLane, HostLane, Images, Lane
+from topfive_server.repository import ModelVersion
+from topfive_server.session import RuntimeOptions, engine_error, open_session
 
 _LANES: Final = 2
 """One batch computes while the next is filled; a third would only wait."""

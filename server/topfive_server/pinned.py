@@ -9,7 +9,7 @@ import mmap
 
 import numpy as np
 
-from .devices import load_library
+from topfive_server.devices import load_library
 
 log = logging.getLogger(__name__)
 

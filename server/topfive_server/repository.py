@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from topfive.model_spec import ModelSpec, ModelSpecError
 
-from .onnx_header import FLOAT, INT64, UINT8, OnnxHeader, OnnxHeaderError, TensorInfo, read_header
+from topfive_server.onnx_header import FLOAT, INT64, UINT8, OnnxHeader, OnnxHeaderError, TensorInfo, read_header
 
 METADATA_KEY: Final = "topfive"
 """Key of `metadata_props` whose value is the model's description (`ModelSpec.to_json`)."""

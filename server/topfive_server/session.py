@@ -13,9 +13,9 @@ from typing import Any, Final, Literal
 
 import onnxruntime
 
-from .devices import CPU_PROVIDER, Device, DeviceError, cores
-from .engine import EngineDead, EngineError, EngineOutOfMemory
-from .repository import ModelVersion
+from topfive_server.devices import CPU_PROVIDER, Device, DeviceError, cores
+from topfive_server.engine import EngineDead, EngineError, EngineOutOfMemory
+from topfive_server.repository import ModelVersion
 
 log = logging.getLogger(__name__)
 

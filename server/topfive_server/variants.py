@@ -1,0 +1,104 @@
+"""Which graph of a family is served: the fastest that passed its limits and suits the device.
+
+`topfive export` writes one model per precision and target (`alexnet`, `alexnet_int8`, `alexnet_fp16`, ...). They form
+a family: under one version number all hold the same weights. Clients know the family's name; which graph answers is
+the server's business, and it says so.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from topfive_server.devices import Device
+from topfive_server.repository import GraphKind, ModelVersion, RepositoryError
+
+Wanted: TypeAlias = Literal["auto", "fp32", "fp16", "int8", "all"]
+
+_ORDER: Final[dict[str, tuple[str, ...]]] = {
+    # Measured (design notes, section 4): on a CPU int8 is twice as fast; a CPU computes fp16 by converting.
+    "cpu": ("int8 cpu", "fp32 cpu", "fp32 cuda", "fp16 cuda"),
+    # Band normalisation is for CPUs; int8 graphs do not run on the CUDA provider.
+    "cuda": ("fp16 cuda", "fp32 cuda", "fp32 cpu"),
+}
+"""Graphs that run on a device, fastest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One version of one family, and the graph that answers for it."""
+
+    version: ModelVersion
+    """Named as clients name it: the family (ten-view graphs: `<family>_views10`)."""
+    graph: str
+    """Folder of the graph in the repository, e.g. `alexnet_int8`."""
+    reason: str
+    """Why this graph: for the log and `/v1/models`."""
+
+
+def choose(versions: Iterable[ModelVersion], device: Device, wanted: Wanted = "auto") -> list[Choice]:
+    """For every family and version number the graph to serve, sorted by name, then oldest version first.
+
+    `wanted` names a precision instead, or `all`: every graph under its own folder's name.
+
+    Raises:
+        RepositoryError: there is nothing to serve, or nothing of the wanted precision.
+    """
+    servable = [version for version in versions if version.kind is not GraphKind.WHOLE]
+    if wanted == "all":
+        choices = [Choice(version=v, graph=v.name, reason="all graphs are served") for v in servable]
+    else:
+        families: dict[tuple[str, str], list[ModelVersion]] = defaultdict(list)
+        for version in servable:
+            families[served_name(version), version.version].append(version)
+        choices = [_choose_one(name, group, device, wanted) for (name, _), group in families.items()]
+    if not choices:
+        raise RepositoryError("there is no graph to serve; `topfive export` makes one")
+    return sorted(choices, key=lambda choice: (choice.version.name, int(choice.version.version)))
+
+
+def served_name(version: ModelVersion) -> str:
+    """Name under which clients know this graph: its family's, or its folder's where the report names no family."""
+    variant = _variant(version)
+    family = variant.get("family")
+    if not isinstance(family, str) or not version.name.startswith(family):
+        return version.name
+    return family if version.kind is GraphKind.HOT else f"{family}_views{variant.get('views', 10)}"
+
+
+def _choose_one(name: str, group: Sequence[ModelVersion], device: Device, wanted: Wanted) -> Choice:
+    number = group[0].version
+    passed = [v for v in group if v.report.get("passed", True) is True]
+    order = _ORDER[device.kind]
+    suited = sorted((v for v in passed if _kind(v) in order), key=lambda v: order.index(_kind(v)))
+    if wanted != "auto":
+        suited = [v for v in suited if _kind(v).startswith(wanted)]
+    if not suited:
+        there = ", ".join(sorted(f"{v.name} ({_kind(v)})" for v in group))
+        what = f"{wanted} graph" if wanted != "auto" else "graph"
+        raise RepositoryError(
+            f"{name} version {number} has no {what} for {device} that passed its limits; it has {there}"
+        )
+    best = suited[0]
+    others = ", ".join(v.name for v in group if v is not best) or "no other"
+    why = (
+        f"{wanted} was asked for"
+        if wanted != "auto"
+        else f"the fastest kind for {device.kind} that passed its limits"
+    )
+    return Choice(
+        version=dataclasses.replace(best, name=name),
+        graph=best.name,
+        reason=f"{_kind(best)}: {why} (beside {others})",
+    )
+
+
+def _kind(version: ModelVersion) -> str:
+    variant = _variant(version)
+    return f"{variant.get('precision', 'fp32')} {variant.get('target', 'cpu')}"
+
+
+def _variant(version: ModelVersion) -> dict[str, object]:
+    variant = version.report.get("variant")
+    return variant if isinstance(variant, dict) else {}
