@@ -193,7 +193,10 @@ def _check_driver() -> Check:
         load_library("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     except OSError as error:
         return Check(
-            "driver", ok=False, detail=f"the driver's library cannot be loaded ({error})", fix="Install it."
+            "driver",
+            ok=False,
+            detail=f"the driver's library cannot be loaded ({error})",
+            fix="Install the NVIDIA driver.",
         )
     has = f"{version.value // 1000}.{version.value % 1000 // 10}"
     if version.value // 1000 < major:
