@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from topfive.model_spec import Architecture, ArchitectureName
 from topfive_training.randomness import uniform
+from topfive_training.response_norm import normalize_response
 
 LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 """The layers with weights, from image to answer."""
@@ -136,10 +137,16 @@ class LocalResponseNorm(nn.Module):
 
     def forward(self, maps_BCHW: Tensor) -> Tensor:
         """Normalised maps of the same shape."""
-        _, channels, height, width = maps_BCHW.shape
-        towers_BCHW = maps_BCHW.reshape(-1, channels // self.towers, height, width)
-        normed_BCHW = F.local_response_norm(towers_BCHW, self.size, self.alpha, self.beta, self.k)
-        return normed_BCHW.reshape(-1, channels, height, width)
+        # Sums of squares in bf16 would lose the small ones.
+        with torch.autocast(maps_BCHW.device.type, enabled=False):
+            return normalize_response(
+                maps_BCHW.float() if maps_BCHW.dtype == torch.bfloat16 else maps_BCHW,
+                towers=self.towers,
+                size=self.size,
+                alpha=self.alpha,
+                beta=self.beta,
+                k=self.k,
+            )
 
     def extra_repr(self) -> str:
         """The constants."""
