@@ -148,7 +148,8 @@ class ModelSpec:
             f"{self.architecture.classes} names, one for each of architecture.classes",
         )
         for index, label in enumerate(self.labels):
-            ok = bool(label.strip()) and "\n" not in label and "\r" not in label
+            # splitlines knows more line ends than "\n"; labels.txt has one label on each line.
+            ok = bool(label.strip()) and label.splitlines() == [label]
             _require(ok, f"labels[{index}]", label, "a non-empty single line")
 
     def to_json(self) -> str:
@@ -164,7 +165,7 @@ class ModelSpec:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelSpecError(f"{source} is not valid JSON: {error}") from error
         try:
             if isinstance(data, dict) and isinstance(version := data.get("schema_version"), int):
@@ -208,18 +209,47 @@ def _parse(kind: Any, value: Any, field: str) -> Any:
         return tuple(_parse(k, v, f"{field}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
         _require(isinstance(value, dict), field, value, "an object")
+        for key in value:
+            _require_storable(key, field)
         return {key: _parse(arguments[1], item, f"{field}.{key}") for key, item in value.items()}
     if origin in {Union, types.UnionType}:  # only Json
+        _require_storable(value, field)
         return value
     if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(number, field, value, "a finite number")
+        _require(_is_finite_number(value), field, value, "a finite number")
         return float(value)
     if kind is int:
         _require(isinstance(value, int) and not isinstance(value, bool), field, value, "a whole number")
     elif kind is bool or kind is str:
         _require(isinstance(value, kind), field, value, "true or false" if kind is bool else "text")
+        _require_storable(value, field)
     return value
+
+
+def _is_finite_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
+
+
+def _require_storable(value: Any, field: str) -> None:
+    """What Python's parser takes and no JSON file can hold: not-a-number, infinity, lone halves of surrogate pairs."""
+    if isinstance(value, float):
+        _require(math.isfinite(value), field, value, "a finite number")
+    elif isinstance(value, str):
+        _require(
+            value.isascii() or value == value.encode("utf-8", "replace").decode(), field, value, "Unicode"
+        )
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _require_storable(item, f"{field}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _require_storable(key, field)
+            _require_storable(item, f"{field}.{key}")
 
 
 def _parse_record(kind: Any, value: Any, field: str) -> Any:
