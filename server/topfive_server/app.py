@@ -98,7 +98,7 @@ class Application:
             raise UnauthorizedError("send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
         if path == "/v1/classify":
             if exchange.scope["method"] != "POST":
-                raise MethodNotAllowedError("send the image with POST")
+                raise MethodNotAllowedError("send the image with POST", allow="POST")
             await self._classify(exchange, receive)
         else:
             exchange.scope[KEY] = exchange
@@ -201,11 +201,9 @@ def make_fastapi(application: Application) -> FastAPI:
         if error.status_code == 404:
             return problem(request, NotFoundError(f"there is nothing at {path}; see /docs"))
         if error.status_code == 405:
-            return problem(
-                request,
-                MethodNotAllowedError(f"{request.method} does not work on {path}; see /docs"),
-                error.headers,
-            )
+            allow = (error.headers or {}).get("Allow", "GET")
+            detail = f"{request.method} does not work on {path}; see /docs"
+            return problem(request, MethodNotAllowedError(detail, allow=allow))
         return problem(request, BadRequestError(str(error.detail)))
 
     @api.exception_handler(RequestValidationError)
@@ -222,15 +220,14 @@ def make_fastapi(application: Application) -> FastAPI:
     return api
 
 
-def problem(request: Request, error: RequestError, headers: Any = None) -> Response:
+def problem(request: Request, error: RequestError) -> Response:
     """An `application/problem+json` answer of a FastAPI route."""
     exchange: Exchange = request.scope[KEY]
     exchange.code = error.code
-    own = {name.decode(): value.decode() for name, value in error.headers()}
     return JSONResponse(
         {**error.problem(), "request_id": exchange.request_id},
         status_code=error.status,
-        headers={**own, **(headers or {})},
+        headers={name.decode(): value.decode() for name, value in error.headers()},
         media_type="application/problem+json",
     )
 

@@ -84,6 +84,14 @@ class MethodNotAllowedError(RequestError):
     code = "method-not-allowed"
     title = "Method not allowed"
 
+    def __init__(self, detail: str, *, allow: str) -> None:
+        super().__init__(detail)
+        self.allow = allow
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """RFC 9110 section 15.5.6 wants the allowed methods listed."""
+        return [*super().headers(), (b"allow", self.allow.encode("ascii"))]
+
 
 class BodyTimeoutError(RequestError):
     """The body came too slowly."""

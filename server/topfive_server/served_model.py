@@ -38,10 +38,10 @@ _CLOSE_TIMEOUT_S: Final = 5.0
 
 
 def golden_image() -> bytes:
-    """A drawn photograph-sized JPEG: smooth colour and sharp edges, the same in every process."""
-    y, x = np.mgrid[0:375, 0:500]
-    rgb = np.stack([x * 255 / 499, y * 255 / 374, 127 + 127 * np.sin(x / 17) * np.cos(y / 23)], axis=-1)
-    rgb[(x - 250) ** 2 + (y - 187) ** 2 < 90**2] = (250, 200, 30)
+    """A drawn JPEG, small enough for any limit: smooth colour and sharp edges, the same in every process."""
+    y, x = np.mgrid[0:120, 0:160]
+    rgb = np.stack([x * 255 / 159, y * 255 / 119, 127 + 127 * np.sin(x / 7) * np.cos(y / 9)], axis=-1)
+    rgb[(x - 80) ** 2 + (y - 60) ** 2 < 30**2] = (250, 200, 30)
     file = io.BytesIO()
     Image.fromarray(rgb.astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()

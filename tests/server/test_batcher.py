@@ -1,0 +1,366 @@
+"""The batcher alone, on an event loop, with a fake engine."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.server.fakes import FakeEngine, make_info, pixels
+
+from topfive_server.batcher import Batcher, Job, Priority
+from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
+
+
+class Log:
+    """Keeps what the batcher reports."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.deaths: list[str] = []
+
+    def batch_done(self, size: int, seconds: float) -> None:
+        self.events.append(("done", size))
+
+    def batch_failed(self, kind: str) -> None:
+        self.events.append(("failed", kind))
+
+    def dropped(self, stage: str, reason: str) -> None:
+        self.events.append(("dropped", stage, reason))
+
+
+class Bench:
+    """A batcher with its fake engine."""
+
+    def __init__(self, engine: FakeEngine, **settings: Any) -> None:
+        self.engine = engine
+        self.log = Log()
+        self.batcher = Batcher(engine, observer=self.log, on_dead=self.log.deaths.append, **settings)
+
+    def send(
+        self, red: int, *, timeout_s: float = 10, priority: Priority = "interactive", expected: bool = False
+    ) -> Job:
+        job = Job(deadline=monotonic() + timeout_s, priority=priority, loop=asyncio.get_running_loop())
+        job.image = pixels(red)
+        if not expected:
+            self.batcher.expect()
+        self.batcher.submit(job)
+        return job
+
+
+def on_loop(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await test()
+
+    asyncio.run(bounded())
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def red_of(job: Job) -> int:
+    return int(job.answer.result().classes_T[0])
+
+
+def test_a_lone_image_leaves_at_once() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(), max_delay_s=1000)
+        job = bench.send(7)
+        await settle()
+        assert bench.engine.batches == [[7]]
+        await job.answer
+        assert red_of(job) == 7
+
+    on_loop(test)
+
+
+def test_an_idle_engine_waits_for_images_being_decoded() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(), max_delay_s=1000)
+        for _ in range(3):
+            bench.batcher.expect()
+        bench.send(1, expected=True)
+        bench.send(2, expected=True)
+        await settle()
+        assert bench.engine.batches == []
+        bench.batcher.withdraw()  # the third does not decode
+        await settle()
+        assert bench.engine.batches == [[1, 2]]
+
+    on_loop(test)
+
+
+def test_the_window_counts_from_the_first_image() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(), max_delay_s=0.05)
+        bench.batcher.expect()  # and it never comes
+        first = bench.send(1)
+        await asyncio.sleep(0.03)
+        bench.send(2)
+        await first.answer
+        assert bench.engine.batches == [[1, 2]]
+        assert first.answer.result().batch_s >= 0.045
+
+    on_loop(test)
+
+
+def test_a_full_batch_does_not_wait_for_the_window() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(make_info(max_batch=2)), max_delay_s=1000)
+        bench.batcher.expect()
+        bench.send(1)
+        bench.send(2)
+        await settle()
+        assert bench.engine.batches == [[1, 2]]
+
+    on_loop(test)
+
+
+def test_images_gather_while_the_engine_works_and_one_full_batch_is_prefetched() -> None:
+    async def test() -> None:
+        engine = FakeEngine(make_info(max_batch=4))
+        bench = Bench(engine)
+        engine.gate.clear()
+        jobs = [bench.send(0)]
+        await settle()
+        jobs += [bench.send(red) for red in (1, 2, 3)]
+        await settle()
+        assert engine.batches == [[0]]  # three would fit together with a fourth
+        jobs += [bench.send(red) for red in range(4, 14)]
+        await settle()
+        assert engine.batches == [[0], [1, 2, 3, 4]]  # exactly one ahead
+        engine.gate.set()
+        await asyncio.gather(*(job.answer for job in jobs))
+        assert engine.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13]]
+        assert [red_of(job) for job in jobs] == list(range(14))
+
+    on_loop(test)
+
+
+def test_an_image_whose_client_left_never_reaches_the_engine() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine())
+        bench.engine.gate.clear()
+        bench.send(0)
+        await settle()
+        stays, leaves = bench.send(1), bench.send(2)
+        leaves.answer.cancel()
+        bench.engine.gate.set()
+        await stays.answer
+        assert bench.engine.batches == [[0], [1]]
+        assert ("dropped", "engine", "client-gone") in bench.log.events
+
+    on_loop(test)
+
+
+def test_an_image_whose_deadline_passed_never_reaches_the_engine() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine())
+        bench.engine.gate.clear()
+        bench.send(0)
+        await settle()
+        late = bench.send(1, timeout_s=0.01)
+        await asyncio.sleep(0.02)
+        bench.engine.gate.set()
+        with pytest.raises(DeadlineExceededError):
+            await late.answer
+        assert bench.engine.batches == [[0]]
+        assert ("dropped", "engine", "deadline") in bench.log.events
+
+    on_loop(test)
+
+
+def test_only_the_guilty_image_fails() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(guilty={5}))
+        bench.engine.gate.clear()
+        bench.send(0)
+        await settle()
+        jobs = [bench.send(red) for red in range(1, 9)]
+        bench.engine.gate.set()
+        outcomes = await asyncio.gather(*(job.answer for job in jobs), return_exceptions=True)
+        assert isinstance(outcomes[4], EngineFailedError)
+        assert [red_of(job) for job in jobs if job is not jobs[4]] == [1, 2, 3, 4, 6, 7, 8]
+
+    on_loop(test)
+
+
+def test_a_batch_too_large_for_the_device_is_halved_until_it_fits() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(memory=2))
+        bench.batcher.expect()
+        jobs = [bench.send(red) for red in range(7)]
+        bench.batcher.withdraw()
+        await asyncio.gather(*(job.answer for job in jobs))
+        assert [red_of(job) for job in jobs] == list(range(7))
+        assert ("failed", "out-of-memory") in bench.log.events
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("kind", ["dead", "hung"])
+def test_an_engine_that_is_gone_fails_what_waits_and_says_so_once(kind: str) -> None:
+    async def test() -> None:
+        engine = FakeEngine(make_info(max_batch=2), dead=kind == "dead", hangs=kind == "hung")
+        bench = Bench(engine, engine_timeout_s=0.02)
+        engine.gate.clear()
+        jobs = [bench.send(red) for red in range(5)]
+        await settle()
+        engine.gate.set()
+        outcomes = await asyncio.gather(*(job.answer for job in jobs), return_exceptions=True)
+        assert all(isinstance(outcome, NotReadyError) for outcome in outcomes)
+        assert len(bench.log.deaths) == 1
+        assert ("failed", kind) in bench.log.events
+        with pytest.raises(NotReadyError):
+            await bench.send(9).answer
+        await bench.batcher.close()
+
+    on_loop(test)
+
+
+def test_an_answer_with_the_wrong_number_of_rows_is_not_believed() -> None:
+    class Short(FakeEngine):
+        async def predict(self, images: Any) -> Any:
+            return await super().predict(images[:1])
+
+    async def test() -> None:
+        bench = Bench(Short())
+        bench.batcher.expect()
+        jobs = [bench.send(red) for red in range(3)]
+        bench.batcher.withdraw()
+        await asyncio.gather(*(job.answer for job in jobs))
+        assert [red_of(job) for job in jobs] == [0, 1, 2]  # one by one they are right
+        assert ("failed", "error") in bench.log.events
+
+    on_loop(test)
+
+
+def test_people_go_before_scoring_and_scoring_does_not_starve() -> None:
+    async def test() -> None:
+        engine = FakeEngine(make_info(max_batch=2))
+        bench = Bench(engine)
+        engine.gate.clear()
+        bench.send(0)
+        bench.send(0)
+        await settle()
+        bench.send(255, priority="batch")
+        jobs = [bench.send(red) for red in range(1, 31)]
+        engine.gate.set()
+        await asyncio.gather(*(job.answer for job in jobs))
+        batch_of_255 = next(i for i, batch in enumerate(engine.batches) if 255 in batch)
+        assert 6 <= batch_of_255 <= 10  # behind people, but not behind all of them
+        people = [red for red in engine.seen if red not in {0, 255}]
+        assert people == sorted(people)
+
+    on_loop(test)
+
+
+def test_close_answers_everything_first() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(delay_s=0.01))
+        jobs = [bench.send(red) for red in range(20)]
+        await bench.batcher.close()
+        assert [red_of(job) for job in jobs] == list(range(20))
+
+    on_loop(test)
+
+
+def test_the_estimate_follows_the_measured_batch_time() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine())
+        assert bench.batcher.seconds_until_answered() == 0
+        for size in (1, 2, 4, 8) * 10:
+            bench.batcher.times.observe(size, 0.010 + 0.005 * size)
+        np.testing.assert_allclose(bench.batcher.times.predict(6), 0.040, rtol=0.01)
+        np.testing.assert_allclose(bench.batcher.seconds_until_answered(17), 2 * 0.050 + 0.015, rtol=0.01)
+        bench.engine.gate.clear()
+        for red in range(8 + 8 + 4):
+            bench.send(red)
+        await settle()
+        # One batch runs and one is prefetched (8 each, 50 ms); four wait and one more makes five (35 ms).
+        np.testing.assert_allclose(bench.batcher.seconds_until_answered(), 0.135, atol=0.02)
+
+    on_loop(test)
+
+
+_EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.integers(0, 255), st.sampled_from(["interactive", "batch"])),
+        st.tuples(st.just("leave"), st.integers(0, 30)),
+        st.tuples(st.just("turn"), st.integers(1, 5)),
+        st.tuples(st.just("hold")),
+        st.tuples(st.just("release")),
+        st.tuples(st.just("expect")),
+    ),
+    max_size=60,
+)
+
+
+class Script:
+    """What can happen to a batcher, by name."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.sent: list[tuple[int, Job]] = []
+        self.expected = 0
+
+    async def send(self, red: int, priority: Priority) -> None:
+        self.sent.append((red, self.bench.send(red, priority=priority, expected=self.expected > 0)))
+        self.expected -= self.expected > 0
+
+    async def expect(self) -> None:
+        self.bench.batcher.expect()
+        self.expected += 1
+
+    async def leave(self, index: int) -> None:
+        if index < len(self.sent):
+            self.sent[index][1].answer.cancel()
+
+    async def turn(self, times: int) -> None:
+        for _ in range(times):
+            await asyncio.sleep(0)
+
+    async def hold(self) -> None:
+        self.bench.engine.gate.clear()
+
+    async def release(self) -> None:
+        self.bench.engine.gate.set()
+
+    async def end(self) -> None:
+        await self.release()
+        for _ in range(self.expected):
+            self.bench.batcher.withdraw()
+        await self.bench.batcher.close()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    events=_EVENTS,
+    max_batch=st.integers(1, 5),
+    guilty=st.sets(st.integers(0, 255), max_size=60),
+    memory=st.integers(1, 5),
+)
+def test_any_interleaving_gives_each_image_its_own_answer(
+    events: list[tuple[Any, ...]], max_batch: int, guilty: set[int], memory: int
+) -> None:
+    async def test() -> None:
+        engine = FakeEngine(make_info(max_batch=max_batch), guilty=guilty, memory=memory)
+        script = Script(Bench(engine, max_delay_s=0.001))
+        for kind, *rest in events:
+            await getattr(script, kind)(*rest)
+        await script.end()
+        assert all(len(batch) <= max_batch for batch in engine.batches)
+        for red, job in script.sent:
+            assert job.answer.done()
+            if red in guilty and not job.answer.cancelled():
+                assert isinstance(job.answer.exception(), EngineFailedError)
+            elif not job.answer.cancelled():
+                assert red_of(job) == red
+
+    on_loop(test)
