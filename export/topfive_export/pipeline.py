@@ -31,6 +31,7 @@ from topfive_export.gate import (
     enforce_accuracy,
 )
 from topfive_export.graphs import TOP, build_graph
+from topfive_export.quantize import MINIMUM_IMAGES, quantize
 from topfive_export.repository import (
     LABELS_FILE,
     CONFIG_FILE,
@@ -120,7 +121,7 @@ def run_export(config: ExportConfig, *, say: Callable[[str], None] = lambda _: N
             name = variant.model_name(config.name)
             folder = staging.version(name, number)
             say(f"{name}: exporting")
-            report = _export_one(classifier, spec, variant, config, pictures, folder)
+            report = _export_one(classifier, spec, variant, config, pictures, folder, say)
             report["checkpoint"] = {"sha256": identity}
             report["version"] = number
             say(f"{name}: {_summary(report)}")
@@ -140,10 +141,14 @@ def _export_one(
     config: ExportConfig,
     pictures: Sequence[Picture],
     folder: Path,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     side = input_side(spec, variant)
-    graph = build_graph(classifier, variant)
-    model = onnx_file.trace(graph, variant=variant, side=side)
+    model = onnx_file.trace(build_graph(classifier, variant), variant=variant, side=side)
+    quantization: dict[str, Any] = {}
+    if variant.precision == "int8":
+        calibration, pictures = _split(pictures)
+        model, quantization = _quantized(model, classifier, variant, calibration, say)
     onnx_file.finish(model, spec=spec, variant=variant, family=config.name)
     path = onnx_file.write(model, folder)
     onnx_file.check(path)
@@ -161,6 +166,7 @@ def _export_one(
             "opset": onnx_file.OPSET,
         },
         **verified,
+        **quantization,
         "latency_ms": {"provider": session.get_providers()[0], "batch": latencies_ms(session, side)},
         "made_with": {
             "topfive": __version__,
@@ -169,6 +175,43 @@ def _export_one(
             "system": platform.system(),
             **machine(),
         },
+    }
+
+
+def _split(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """Given pictures to calibrate on, and others to measure on: every other one each, by name.
+
+    Drawn ones serve neither: an int8 graph is made for what it was calibrated on.
+
+    Raises:
+        ExportError: too few were given.
+    """
+    given = [picture for picture in pictures if not picture.drawn]
+    if len(given) < MINIMUM_IMAGES:
+        raise ExportError(
+            f"int8 needs at least {MINIMUM_IMAGES} photographs of the kind it will see, half to calibrate on and half to "
+            f"measure on; {len(given)} were given (--images FOLDER)"
+        )
+    return given[::2], given[1::2]
+
+
+def _quantized(
+    model: onnx.ModelProto,
+    classifier: Classifier,
+    variant: Variant,
+    calibration: Sequence[Picture],
+    say: Callable[[str], None],
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The int8 model, and what the report says of it."""
+    images_MHWC = decoded(calibration, classifier.spec.preprocessing, input_side(classifier.spec, variant))
+    reference = answer_torch(classifier, images_MHWC, views=variant.views)
+    quantized = quantize(model, images_MHWC, reference, variant.limits, say=say)
+    return quantized.model, {
+        "quantization": {
+            **dataclasses.asdict(quantized.scheme),
+            "relative_difference_by_scheme": quantized.tried,
+            "calibration_sha256": [picture.sha256 for picture in calibration],
+        }
     }
 
 

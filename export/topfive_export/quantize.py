@@ -1,0 +1,225 @@
+"""int8 for processors: static quantisation (QDQ), calibrated on photographs, by ONNX Runtime's own quantiser.
+
+Activations are uint8 per tensor, weights int8 per channel. The response norm stays in fp32: its squares span too much.
+How the ranges are found is chosen by measurement on the calibration images; a layer is left in fp32 only where the
+graph is beyond its limits otherwise. The verdict is the gate's, on images that the calibration has not seen.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+
+from topfive_export import onnx_file
+from topfive_export.gate import Answered, Comparison, Disagreement, answer_onnx, compare, enforce
+from topfive_export.graphs import INPUT_NAME
+from topfive_export.variant import ExportError, Limits
+
+LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+MINIMUM_IMAGES: Final = 32
+"""Fewest images that are worth calibrating and measuring on, half each."""
+MAX_SKIPPED: Final = 3
+"""Most layers that may stay in fp32; beyond that int8 has nothing left to give."""
+_BATCH: Final = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One way to quantise."""
+
+    ranges: str
+    """`minmax`, or `percentile-P`: the share of activations, in percent, that the range of a tensor covers."""
+    skipped: tuple[str, ...] = ()
+    """Layers left in fp32."""
+
+    def options(self) -> dict[str, Any]:
+        """For `quantize_static`."""
+        if self.ranges == "minmax":
+            return {"calibrate_method": CalibrationMethod.MinMax}
+        percentile = float(self.ranges.removeprefix("percentile-"))
+        return {
+            "calibrate_method": CalibrationMethod.Percentile,
+            "extra_options": {"CalibPercentile": percentile},
+        }
+
+
+CANDIDATES: Final = (Scheme(ranges="minmax"), Scheme(ranges="percentile-99.99"))
+"""Tried in this order. Entropy gave the same ranges as minmax on every network, in twice the time (docs/export.md)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """A quantised model and how it was chosen."""
+
+    model: ModelProto
+    scheme: Scheme
+    tried: dict[str, float]
+    """Relative difference on the calibration images, by scheme."""
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # the library is untyped
+    def __init__(self, images_MHWC: NDArray[np.uint8]) -> None:
+        # Full batches only, the last one filled up from the beginning: the quantiser stacks what it collects.
+        count = -(-len(images_MHWC) // _BATCH) * _BATCH
+        rows = np.arange(count).reshape(-1, _BATCH) % len(images_MHWC)
+        self._batches = (images_MHWC[batch] for batch in rows)
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT_NAME: batch}
+
+
+def quantize(
+    model: ModelProto,
+    images_MHWC: NDArray[np.uint8],
+    reference: Answered,
+    limits: Limits,
+    *,
+    candidates: Sequence[Scheme] = CANDIDATES,
+    say: Callable[[str], None] = lambda _: None,
+) -> Quantized:
+    """Quantise with the best of `candidates`; leave layers in fp32 only if that is not within the limits.
+
+    Args:
+        model: the fp32 graph.
+        images_MHWC: calibration images, uint8 [M, H, W, C].
+        reference: what the network answers to them.
+        limits: decide whether layers have to be skipped; the final verdict is not given here.
+        candidates: ways of finding ranges.
+        say: gets a line for every scheme tried.
+
+    Raises:
+        ExportError: beyond the limits even with `MAX_SKIPPED` layers left in fp32.
+    """
+    prepare(model)
+    names = [f"calibration image {index}" for index in range(len(images_MHWC))]
+    tried: dict[str, float] = {}
+
+    with tempfile.TemporaryDirectory(prefix="topfive-int8-") as scratch:
+        source = onnx_file.write(model, Path(scratch))
+
+        def attempt(scheme: Scheme) -> tuple[ModelProto, Comparison]:
+            path = Path(scratch) / "quantized.onnx"
+            _quantize_static(source, path, images_MHWC, scheme, model)
+            answer = answer_onnx(onnx_file.load(path), images_MHWC, _BATCH)
+            comparison = compare(reference, [answer], names, limits)
+            label = scheme.ranges + "".join(f", {layer} in fp32" for layer in scheme.skipped)
+            tried[label] = comparison.relative_difference
+            say(f"int8, {label}: answers off by {comparison.relative_difference:.3f} of their spread")
+            return onnx.load(path), comparison
+
+        attempts = {scheme: attempt(scheme) for scheme in candidates}
+        best = min(attempts, key=lambda scheme: attempts[scheme][1].relative_difference)
+        quantized, comparison = attempts[best]
+        if _within(comparison, limits):
+            return Quantized(model=quantized, scheme=best, tried=tried)
+        alone = {
+            layer: attempt(dataclasses.replace(best, skipped=(layer,)))[1].relative_difference for layer in LAYERS
+        }
+        order = sorted(LAYERS, key=lambda layer: alone[layer])
+        for count in range(1, MAX_SKIPPED + 1):
+            scheme = dataclasses.replace(best, skipped=tuple(sorted(order[:count])))
+            quantized, comparison = attempt(scheme)
+            if _within(comparison, limits):
+                return Quantized(model=quantized, scheme=scheme, tried=tried)
+    raise ExportError(
+        f"int8 is beyond its limits even with {', '.join(scheme.skipped)} in fp32 (answers off by "
+        f"{comparison.relative_difference:.2g} of their spread, limit {limits.relative_difference:g}; top-1 agrees on "
+        f"{comparison.top1_agreement_all:.1%}); serve this checkpoint in fp32, or give more --images like those it is for"
+    )
+
+
+def _within(comparison: Comparison, limits: Limits) -> bool:
+    try:
+        enforce(comparison, limits, "int8")
+    except Disagreement:
+        return False
+    return True
+
+
+def prepare(model: ModelProto) -> None:
+    """Follow every max-pool by a ReLU, in place; all that AlexNet pools is at least 0 afterwards, so nothing changes.
+
+    ONNX Runtime would otherwise move the quantisation before the pool, whose uint8 kernel takes ten times as long as
+    its fp32 one: a fifth of the whole network's time.
+    """
+    nodes = list(model.graph.node)
+    readers: dict[str, list[NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    result = []
+    for node in nodes:
+        result.append(node)
+        if node.op_type == "MaxPool" and any(r.op_type != "Relu" for r in readers[node.output[0]]):
+            name = node.output[0]
+            node.output[0] = f"{name}_pooled"
+            result.append(onnx.helper.make_node("Relu", [node.output[0]], [name], name=f"{node.name}_relu"))
+    del model.graph.node[:]
+    model.graph.node.extend(result)
+
+
+def weight_nodes(model: ModelProto) -> tuple[dict[str, str], list[str]]:
+    """Names of the nodes of each layer with weights, and of the response norms' convolutions.
+
+    Raises:
+        ExportError: the graph is not an AlexNet's.
+    """
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    layers, norms = [], []
+    for node in model.graph.node:
+        if node.op_type in {"Conv", "Gemm", "MatMul"} and node.input[1] in shapes:
+            # The response norm's band is the only 1x1 kernel in the network.
+            (norms if shapes[node.input[1]][2:] == (1, 1) else layers).append(node.name)
+    if len(layers) != len(LAYERS):
+        raise ExportError(f"the graph has {len(layers)} layers with weights; AlexNet has {len(LAYERS)}")
+    return dict(zip(LAYERS, layers, strict=True)), norms
+
+
+def _quantize_static(
+    source: Path, target: Path, images_MHWC: NDArray[np.uint8], scheme: Scheme, model: ModelProto
+) -> None:
+    layers, norms = weight_nodes(model)
+    with _quiet_quantizer():
+        quantize_static(
+            source,
+            target,
+            _Reader(images_MHWC),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[*norms, *(layers[layer] for layer in scheme.skipped)],
+            **scheme.options(),
+        )
+
+
+@contextlib.contextmanager
+def _quiet_quantizer() -> Iterator[None]:
+    """The quantiser prints its progress and warns of a pre-processing that the export has done already."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
