@@ -1,6 +1,7 @@
 """The routes, and what is done for every request: its id, its key, its line in the log, its place in the metrics.
 
-`Application` is the ASGI application. The hot route goes straight to `ClassifyEndpoint`; everything else is FastAPI.
+`Application` is the ASGI application. The hot route goes straight to `ClassifyEndpoint`, Triton's protocol to
+`OpenInference`; everything else is FastAPI.
 """
 
 import logging
@@ -33,6 +34,7 @@ from topfive_server.exchange import KEY, Exchange, Scope, Send
 from topfive_server.logs import REQUESTS, request_id
 from topfive_server.metrics import CONTENT_TYPE, Metrics, gauge
 from topfive_server.models import Models
+from topfive_server.oip import PREFIX, OpenInference
 from topfive_server.openapi import add_classify
 from topfive_server.receive import Receive
 
@@ -56,6 +58,13 @@ class Application:
         """Looks at the models folder now; set where the admin routes are open."""
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
+        self._oip = OpenInference(
+            config=config,
+            models=models,
+            pool=pool,
+            admission=self.admission,
+            draining=lambda: self.draining,
+        )
         self._rest = make_fastapi(self)
         metrics.add_gauges(self._gauges)
 
@@ -90,7 +99,7 @@ class Application:
 
     def refuse_new(self) -> None:
         """Refuse to classify: the listener is closed."""
-        self._classify.draining = True
+        self._classify.draining = self._oip.refusing = True
 
     async def _route(self, exchange: Exchange, receive: Receive) -> None:
         path = exchange.scope["path"]
@@ -100,6 +109,8 @@ class Application:
             if exchange.scope["method"] != "POST":
                 raise MethodNotAllowedError("send the image with POST", allow="POST")
             await self._classify(exchange, receive)
+        elif path.startswith(f"{PREFIX}/") or path == PREFIX:
+            await self._oip(exchange, receive)
         else:
             exchange.scope[KEY] = exchange
             await self._rest(exchange.scope, receive, exchange.forward)

@@ -94,6 +94,11 @@ class ServedModel:
         self._supervisor: asyncio.Task[None] | None = None
         self._closed = False
 
+    @property
+    def input_side(self) -> int:
+        """Side of the square that the graph takes, in pixels."""
+        return self._input_side
+
     async def start(self) -> None:
         """Build the engine, warm it up and send the golden image through the whole path.
 

@@ -1,0 +1,374 @@
+"""The Open Inference Protocol's REST routes (`/v2`), so that stock Triton clients work unchanged.
+
+Requests go through the same admission, batcher and engine as `/v1/classify`; only decoding is left out, because the
+client sends the decoded square. Not offered: `features`, shared memory, loading and unloading by clients (see
+`POST /v1/admin/reload`), tracing and log settings.
+"""
+
+import asyncio
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+
+import numpy as np
+
+from topfive._version import __version__
+from topfive_server.admission import Admission
+from topfive_server.batcher import Answer, Job
+from topfive_server.config import ServerConfig
+from topfive_server.decode_pool import DecodePool
+from topfive_server.errors import (
+    DeadlineExceededError,
+    NotReadyError,
+    RequestError,
+    TooLargeError,
+    UnknownModelError,
+)
+from topfive_server.exchange import Exchange
+from topfive_server.models import Models
+from topfive_server.oip_codec import (
+    HEADER_LENGTH,
+    InferRequest,
+    Interface,
+    ProtocolError,
+    encode_response,
+    parse_request,
+)
+from topfive_server.oip_describe import Statistics, model_config, model_metadata
+from topfive_server.receive import ClientGoneError, Receive, read_body
+from topfive_server.served_model import ServedModel
+
+PREFIX: Final = "/v2"
+_EXTENSIONS: Final = (
+    "classification",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+_MODEL: Final = re.compile(
+    r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?(?:/(?P<action>ready|config|stats|infer))?"
+)
+_JSON: Final = "application/json"
+_CHEAP_BYTES: Final = 200_000
+"""Binary requests up to this size are parsed on the event loop; it takes well under a millisecond."""
+_COMPRESSED_FROM: Final = 1024
+"""Answers shorter than this are not worth compressing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reply:
+    """An answer to be sent."""
+
+    status: int = 200
+    body: bytes = b""
+    type: str = _JSON
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    @classmethod
+    def json(cls, value: object, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> "_Reply":
+        return cls(
+            status=status,
+            body=json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(),
+            headers=[*headers],
+        )
+
+
+class OpenInference:
+    """Answers every path below `/v2`."""
+
+    def __init__(
+        self,
+        *,
+        config: ServerConfig,
+        models: Models,
+        pool: DecodePool,
+        admission: Admission,
+        draining: Callable[[], bool],
+    ) -> None:
+        """`draining` tells whether the server is shutting down: `/v2/health/ready` then says no."""
+        self.refusing = False
+        """Set when the listener has closed; what still arrives is refused."""
+        self._config = config
+        self._models = models
+        self._pool = pool
+        self._admission = admission
+        self._draining = draining
+        self._statistics: dict[tuple[str, str], Statistics] = {}
+
+    async def __call__(self, exchange: Exchange, receive: Receive) -> None:
+        """Answer one request; errors are `{"error": ...}`, as Triton's clients expect."""
+        try:
+            reply = await self._route(exchange, receive)
+        except ProtocolError as error:
+            exchange.code = "bad-request" if error.status == 400 else "not-found"
+            reply = _Reply.json({"error": str(error)}, error.status)
+        except RequestError as error:
+            exchange.code = error.code
+            reply = _Reply.json({"error": error.detail}, error.status, error.headers())
+        except ClientGoneError:
+            exchange.code = "client-gone"
+            return
+        await _send(exchange, reply)
+
+    async def _route(self, exchange: Exchange, receive: Receive) -> _Reply:
+        path, method = exchange.scope["path"], exchange.scope["method"]
+        if path == "/v2/repository/index":
+            _require(method, "POST")
+            exchange.route = path
+            return self._index()
+        match = _MODEL.fullmatch(path)
+        if match is not None and match["action"] == "infer":
+            _require(method, "POST")
+            exchange.route = "/v2/models/{model}/infer"
+            return await self._infer(exchange, receive, match["model"], match["version"])
+        _require(method, "GET")
+        if path == "/v2/models/stats":
+            exchange.route = path
+            return _Reply.json({"model_stats": [self._stats(model) for model in self._models]})
+        if match is not None:
+            exchange.route = f"/v2/models/{{model}}/{match['action'] or ''}".rstrip("/")
+            return self._about(match["model"], match["version"], match["action"])
+        if path == "/v2":
+            exchange.route = path
+            return _Reply.json({"name": "topfive", "version": __version__, "extensions": list(_EXTENSIONS)})
+        if path in {"/v2/health/live", "/v2/health/ready"}:
+            exchange.route = path
+            live = path.endswith("live") or (
+                not self._draining() and all(m.health.ready for m in self._models)
+            )
+            return _Reply(status=200 if live else 503, type="text/plain")
+        raise ProtocolError("Not Found", 404)
+
+    def _about(self, name: str, version: str | None, action: str | None) -> _Reply:
+        if action == "ready":
+            try:
+                ready = self._model(name, version).health.ready
+            except ProtocolError:
+                ready = False
+            return (
+                _Reply(type="text/plain") if ready else _Reply.json({"error": "Model version not ready"}, 400)
+            )
+        model = self._model(name, version)
+        if action == "stats":
+            return _Reply.json({"model_stats": [self._stats(model)]})
+        if action == "config":
+            return _Reply.json(model_config(self._interface(model)))
+        versions = [m.info.version for m in self._models if m.info.name == model.info.name]
+        return _Reply.json(model_metadata(self._interface(model), versions if version is None else [version]))
+
+    def _index(self) -> _Reply:
+        rows = [
+            {
+                "name": model.info.name,
+                "version": model.info.version,
+                "state": "READY" if model.health.ready else "UNAVAILABLE",
+                **({} if model.health.ready else {"reason": model.health.reason}),
+            }
+            for model in self._models
+        ]
+        return _Reply.json(rows)
+
+    async def _infer(self, exchange: Exchange, receive: Receive, name: str, version: str | None) -> _Reply:
+        model = self._model(name, version)
+        if self.refusing or not model.health.ready:
+            reason = "the server is shutting down" if self.refusing else model.health.reason
+            raise NotReadyError(f"model '{name[:80]}' is not ready: {reason}", retry_after_s=5)
+
+        def retry_after_s() -> float:
+            return model.batcher.seconds_until_answered()
+
+        # What can't be admitted anyway is refused before its body is read.
+        self._admission.check(expected_bytes=0, retry_after_s=retry_after_s)
+        with self._admission.ticket(retry_after_s) as ticket:
+            limit = self._config.max_body_bytes
+            body = await read_body(
+                receive, exchange.headers, ticket, max_bytes=limit, timeout_s=self._config.body_timeout_s
+            )
+            exchange.bytes_in = len(body)
+            request = await self._parse(exchange, body, self._interface(model))
+            ticket.add_images(len(request.images_NHWC))
+            exchange.images = len(request.images_NHWC)
+            exchange.timings["receive"] = monotonic() - exchange.started
+            # Looked up again: a hot reload may have happened while the body came in.
+            model = self._model(name, version)
+            exchange.model, exchange.version = model.info.name, model.info.version
+            statistics = self._statistics.setdefault((model.info.name, model.info.version), Statistics())
+            try:
+                answers = await self._answers(exchange, receive, model, request)
+            except RequestError:
+                statistics.failures += 1
+                statistics.failure_s += monotonic() - exchange.started
+                raise
+            statistics.add(answers, monotonic() - exchange.started)
+            return self._reply(exchange, request, model, answers)
+
+    async def _parse(self, exchange: Exchange, body: bytes, interface: Interface) -> InferRequest:
+        header_length = exchange.headers.get(HEADER_LENGTH.encode())
+        coding = exchange.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+
+        def parse() -> InferRequest:
+            plain = _decompress(body, coding, self._config.max_body_bytes)
+            return parse_request(
+                plain, None if header_length is None else header_length.decode("latin-1"), interface
+            )
+
+        if not coding and len(body) < _CHEAP_BYTES and header_length is not None:
+            return parse()
+        return await self._pool.run(parse)
+
+    async def _answers(
+        self, exchange: Exchange, receive: Receive, model: ServedModel, request: InferRequest
+    ) -> list[Answer]:
+        """Every image's answer.
+
+        Raises:
+            RequestError: one of them failed, or the deadline passed; then the whole request has.
+            ClientGoneError: the client has left.
+        """
+        loop = asyncio.get_running_loop()
+        timeout_s = min(request.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s)
+        deadline = exchange.started + timeout_s
+        jobs = []
+        for image in request.images_NHWC:
+            job = Job(
+                deadline=deadline, priority="batch" if request.priority > 1 else "interactive", loop=loop
+            )
+            job.image = image
+            job.width = job.height = image.shape[0]
+            model.batcher.expect()
+            model.batcher.submit(job)
+            jobs.append(job)
+
+        def give_up(error: RequestError | None) -> None:
+            for job in jobs:
+                job.answer.cancel() if error is None else job.fail(error)
+
+        gone = loop.create_task(_gone(receive))
+        gone.add_done_callback(lambda _: give_up(None))
+        late = DeadlineExceededError("the deadline passed before the answer was there")
+        timer = loop.call_later(max(deadline - monotonic(), 0), give_up, late)
+        try:
+            return [await job.answer for job in jobs]
+        except asyncio.CancelledError:
+            if gone.done() and not gone.cancelled():
+                raise ClientGoneError from None
+            raise
+        finally:
+            timer.cancel()
+            gone.cancel()
+            for job in jobs:
+                # One image's error is the request's: the others' answers are not waited for, nor left unread.
+                if not job.answer.cancel() and not job.answer.cancelled():
+                    job.answer.exception()
+
+    def _reply(
+        self, exchange: Exchange, request: InferRequest, model: ServedModel, answers: Sequence[Answer]
+    ) -> _Reply:
+        for answer in answers:
+            model.observer.image_ok(0.0, answer.queue_s + answer.batch_s)
+        timings = exchange.timings
+        timings["queue"] = max(answer.queue_s for answer in answers)
+        timings["batch"] = max(answer.batch_s for answer in answers)
+        timings["infer"] = max(answer.infer_s for answer in answers)
+        arrays: dict[str, np.ndarray[Any, Any]] = {
+            "probabilities": np.stack([answer.probabilities_T for answer in answers]),
+            "classes": np.stack([answer.classes_T for answer in answers]),
+            "scores": np.stack([answer.scores_C for answer in answers]),
+        }
+        body, json_length = encode_response(request, arrays, self._interface(model), model.info.version)
+        headers = []
+        if json_length is not None:
+            headers.append((HEADER_LENGTH.encode(), str(json_length).encode()))
+        coding = _accepted_coding(exchange.headers.get(b"accept-encoding", b"").decode("latin-1"))
+        if coding and len(body) >= _COMPRESSED_FROM:
+            body = _compress(body, coding)
+            headers.append((b"content-encoding", coding.encode()))
+        return _Reply(
+            body=body, type=_JSON if json_length is None else "application/octet-stream", headers=headers
+        )
+
+    def _model(self, name: str, version: str | None) -> ServedModel:
+        try:
+            return self._models.get(name, version)
+        except UnknownModelError:
+            which = f"'{name[:80]}'" + (f" version {version[:20]}" if version is not None else "")
+            raise ProtocolError(f"Request for unknown model: {which} is not found", 404) from None
+
+    def _interface(self, model: ServedModel) -> Interface:
+        info = model.info
+        return Interface(
+            name=info.name,
+            side=model.input_side,
+            classes=info.spec.architecture.classes,
+            max_batch=self._config.max_images,
+            labels=info.spec.labels,
+        )
+
+    def _stats(self, model: ServedModel) -> dict[str, Any]:
+        key = model.info.name, model.info.version
+        return self._statistics.get(key, Statistics()).as_json(*key)
+
+
+def _require(method: str, wanted: str) -> None:
+    if method != wanted:
+        raise ProtocolError("Method Not Allowed", 405)
+
+
+def _decompress(body: bytes, coding: str, limit: int) -> bytes:
+    if coding in {"", "identity"}:
+        return body
+    window = {"gzip": 31, "x-gzip": 31, "deflate": 15}.get(coding)
+    if window is None:
+        raise ProtocolError("Unsupported compression type", 501)
+    inflate = zlib.decompressobj(wbits=window)
+    try:
+        plain = inflate.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise ProtocolError(f"the {coding}-compressed body is corrupt: {error}") from None
+    if len(plain) > limit:
+        raise TooLargeError(f"the body has more than {limit:,} bytes after decompression, the limit")
+    if not inflate.eof or inflate.unused_data:
+        raise ProtocolError(f"the {coding}-compressed body is truncated, or something follows it")
+    return plain
+
+
+def _accepted_coding(accept: str) -> str | None:
+    """`gzip` or `deflate`, whichever the client likes better (RFC 9110 section 12.5.3); None for neither."""
+    best: tuple[float, str] | None = None
+    for item in accept.lower().split(","):
+        coding, _, parameters = item.partition(";")
+        match = re.fullmatch(r"\s*q=([01](?:\.[0-9]{0,3})?)\s*", parameters)
+        quality = float(match[1]) if match else 1.0
+        if coding.strip() in {"gzip", "deflate"} and quality > 0 and (best is None or quality > best[0]):
+            best = quality, coding.strip()
+    return best[1] if best else None
+
+
+def _compress(body: bytes, coding: str) -> bytes:
+    deflate = zlib.compressobj(level=1, wbits=31 if coding == "gzip" else 15)
+    return deflate.compress(body) + deflate.flush()
+
+
+async def _send(exchange: Exchange, reply: _Reply) -> None:
+    exchange.status = reply.status
+    headers = [
+        (b"content-type", reply.type.encode()),
+        (b"content-length", b"%d" % len(reply.body)),
+        (b"x-request-id", exchange.request_id.encode("ascii")),
+        *reply.headers,
+    ]
+    if exchange.closing:
+        headers.append((b"connection", b"close"))
+    await exchange.send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await exchange.send({"type": "http.response.body", "body": reply.body})
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
