@@ -120,7 +120,8 @@ def make(step: Step) -> None:
     before = state.get(step.name, {})
     same = before.get("arguments") == list(step.arguments) and step.output.exists()
     if same and before.get("finished"):
-        return say(f"{step.title}: done before, in {step.output}")
+        print(f"{step.output} is there from an earlier run.")
+        return
     say(step.title)
     arguments = step.arguments
     if same and step.resume:
@@ -133,7 +134,6 @@ def make(step: Step) -> None:
     write_state(state | {step.name: {"arguments": step.arguments, "finished": False}})
     run(*arguments)
     write_state(state | {step.name: {"arguments": step.arguments, "finished": True}})
-    return None
 
 
 def read_state() -> dict[str, dict[str, object]]:
@@ -229,10 +229,12 @@ def server_ended(process: subprocess.Popen[bytes]) -> DemoError:
 
 def ask(address: str) -> None:
     """Send one held-out picture with curl, and print what came back."""
-    command = ["curl", "--silent", "--show-error", "-T", str(SAMPLE), f"http://{address}/v1/classify"]
+    words = ["--data-binary", f"@{SAMPLE}", f"http://{address}/v1/classify"]
     say("Asking for the five labels of a picture that it has never seen")
-    print(f"$ curl -T {SAMPLE} {command[-1]}", flush=True)
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    print(f"$ curl {shlex.join(words)}", flush=True)
+    answer = subprocess.run(
+        ["curl", "--silent", "--show-error", *words], stdout=subprocess.PIPE, text=True, check=False
+    )
     if answer.returncode != 0:
         raise DemoError(f"curl ended with status {answer.returncode}; the server's log is {SERVER_LOG}.")
     print(answer.stdout.rstrip())
