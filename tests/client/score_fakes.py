@@ -49,7 +49,6 @@ class FakeClassifier:
         self.version = version
         self.fingerprint = f"fingerprint of {version}"
         self.max_batch = max_batch
-        self.input_side = 256
         self.delay_s = delay_s
         self.batches: list[int] = []
         self.closed = False
@@ -59,7 +58,7 @@ class FakeClassifier:
     ) -> list[list[tuple[str, int, float]]]:
         """See the class."""
         self.batches.append(len(squares))
-        assert {square.size for square in squares} == {(256, 256)}
+        assert {square.size for square in squares} == {(227, 227)}
         time.sleep(self.delay_s)
         return [self.answer(square.getpixel((100, 100)), top_k) for square in squares]
 

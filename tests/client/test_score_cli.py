@@ -67,7 +67,7 @@ def test_through_a_server_by_url(
         "--request-images",
         "7",
     ]
-    assert main(words) == 1, "complete, but a file failed"
+    assert main(words) == 5, "complete, but a file failed"
     assert "31 rows, 1 failed (1 unsupported-format)" in capsys.readouterr().out
     assert [row["status"] for row in rows_of(tmp_path / "r.jsonl")] == ["ok"] * 30 + ["unsupported-format"]
     assert json.loads((tmp_path / "r.jsonl.stats.json").read_text())["runs_on"] == server.url

@@ -31,7 +31,7 @@ from topfive.scoring import (
 )
 
 EXIT_OK: Final = 0
-EXIT_FAILED_ROWS: Final = 1
+EXIT_FAILED_ROWS: Final = 5
 """The results are complete, and at least one row is of a file that could not be classified."""
 
 
@@ -52,7 +52,7 @@ def score(
 ) -> int:
     """Label every image of a folder into a JSON lines, CSV or Parquet file: one row per file, in a stable order.
 
-    Interrupted or killed, the same command goes on where it stopped. Exit status: 0 every file was classified, 1 the
+    Interrupted or killed, the same command goes on where it stopped. Exit status: 0 every file was classified, 5 the
     results are complete but some rows are of files that failed, 2 refused, 3 stopped because the server stayed
     unreachable, 4 stopped for another reason (disk full, too many failures), 130 interrupted; after 3, 4 and 130 the
     same command goes on.

@@ -40,8 +40,6 @@ class Classifier(Protocol):
     version: str
     fingerprint: str
     max_batch: int
-    input_side: int
-    """Side of the squares, in pixels: the crop, or `short_side` for a graph that cuts ten views itself."""
 
     def classify_batch(
         self, squares: Sequence[Image.Image], top_k: int = 5
@@ -130,7 +128,6 @@ class LocalScorer:
             return decode(
                 self._source.read(path),
                 self._classifier.spec.preprocessing,
-                crop=self._classifier.input_side,
                 max_pixels=self._max_pixels,
             )
         except ReadError as error:
