@@ -109,8 +109,13 @@ def decode(
         UnsupportedFormatError: none of `FORMATS`.
         ImageTooLargeError: more than `max_pixels`.
         CorruptImageError: empty, truncated, corrupt, or samples that have no defined range.
+        ValueError: `crop` is not within the resized image.
     """
     side = preprocessing.crop if crop is None else crop
+    if not 1 <= side <= preprocessing.short_side:
+        raise ValueError(
+            f"crop is {side}; it must be between 1 and short_side ({preprocessing.short_side}) pixels"
+        )
     file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
     try:
         with _open(file, max_pixels) as image:
@@ -118,8 +123,9 @@ def decode(
             full_width, full_height = image.size
             # At least twice the resized shorter side: less margin changes answers (design.md section 3).
             drafted = image.draft("RGB", (2 * preprocessing.short_side, 2 * preprocessing.short_side))
-            orientation = _orientation(image)
             image.load()
+            # Only now: loading a TIFF turns it upright and drops the tag, and a PNG may have its EXIF at the end.
+            orientation = _orientation(image)
             # A scaled decode rounds the size up; draft's box is the exact extent within it.
             width, height = drafted[1][2:] if drafted else image.size
             box = _Box.central(width, height, side / preprocessing.short_side).corners()
@@ -155,7 +161,8 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         allowed = "JPEG, PNG, WebP, GIF, BMP, TIFF"
         raise UnsupportedFormatError(f"the data is not an image of an allowed format ({allowed})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(f"the image has too many pixels; the limit is {max_pixels:,}") from error
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise ImageTooLargeError(f"the image has too many pixels; the limit is {limit:,}") from error
     width, height = image.size
     if width * height > max_pixels:
         image.close()
@@ -178,6 +185,8 @@ def _as_rgb_or_grey(image: Image.Image) -> Image.Image:
 
     Greyscale stays one channel until after the resample, which gives the same pixels for a third of the work.
     """
+    if image.mode.startswith("I"):
+        return _sixteen_bit_to_grey(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -186,8 +195,6 @@ def _as_rgb_or_grey(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "1":
         return image.convert("L")
-    if image.mode.startswith("I"):
-        return _sixteen_bit_to_grey(image)
     if image.mode == "F":
         raise CorruptImageError(
             "the image has floating-point samples, which have no defined range; save it as 8 or 16 bit"
@@ -203,7 +210,11 @@ def _sixteen_bit_to_grey(image: Image.Image) -> Image.Image:
             "the image has 32-bit samples, which have no defined range; save it as 8 or 16 bit"
         )
     # The top byte; `convert("L")` alone would clip everything above 255 to white.
-    return wide.point(lambda value: value * (1 / 256)).convert("L")
+    top_bytes = [value >> 8 for value in range(65536)]
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int) and 0 <= transparent <= 65535:
+        top_bytes[transparent] = 255  # over white, as alpha is
+    return wide.point(top_bytes, "L")
 
 
 def _reason(error: Exception) -> str:
