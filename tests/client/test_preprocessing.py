@@ -55,7 +55,7 @@ def textbook(pixels_HWC: Pixels, short_side: int, crop: int) -> Pixels:
     rows = axis_weights(height, (height - square) / 2, square, crop)
     columns = axis_weights(width, (width - square) / 2, square, crop)
     squeezed = np.tensordot(rows, pixels_HWC.astype(np.float64), axes=1)
-    return np.asarray(np.einsum("ywc,xw->yxc", squeezed, columns))
+    return np.asarray(columns @ squeezed)
 
 
 def encoded(image: Image.Image | Pixels, format_: str, **options: Any) -> bytes:
@@ -118,7 +118,7 @@ def test_any_size_even_of_noise_is_within_a_level_of_the_textbook(
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(500, 375), (640, 480), (1024, 768), (1537, 1025), (777, 2000), (4032, 3024)]
+    ("width", "height"), [(500, 375), (640, 480), (1024, 768), (1537, 1025), (777, 2000), (3264, 2448)]
 )
 def test_scaled_jpeg_decoding_agrees_with_decoding_everything(width: int, height: int) -> None:
     data = encoded(smooth(width, height), "JPEG", quality=92)
