@@ -7,6 +7,7 @@ from pathlib import Path
 
 from topfive.errors import TopfiveError
 from topfive_training import resume as resume_
+from topfive_training.parallel import Mode
 from topfive_training.ranks import (
     check_processes,
     default_processes,
@@ -30,6 +31,7 @@ def train(
     recipe: str = "2012",
     resume: bool = False,
     processes: int | None = None,
+    parallel: Mode = "data",
     validation_fraction: float = 0.2,
     workers: int | None = None,
     cache: Path | None = None,
@@ -47,7 +49,9 @@ def train(
         out: folder of the run; gets the checkpoint (model.safetensors, model.json), best/, resume/ and logs.
         recipe: `2012` (what the original code did) or `modern`.
         resume: go on with the run in OUT, exactly where it stopped.
-        processes: data-parallel processes; by default one for each GPU, or one.
+        processes: how many train together; by default one for each GPU, or one.
+        parallel: how they share the network: `data` (each takes some of the images), `hybrid` (besides, they divide the
+            fully-connected layers: Krizhevsky 2014), or `towers` (two processes, one tower each: the paper's way).
         validation_fraction: share of each class that is set aside where DATA has no val folder.
         workers: threads of each process that decode; by default all cores, shared.
         cache: folder for decoded images, kept for other runs; by default within OUT, removed at the end.
@@ -69,6 +73,7 @@ def train(
         resume=resume or restarted,
         validation_fraction=validation_fraction,
         workers=workers or max(1, len(os.sched_getaffinity(0)) // count),
+        parallel=parallel,
         cache_folder=cache,
         cache_gib=cache_gib,
         save_every_minutes=save_every_minutes,

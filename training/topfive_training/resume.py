@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch import Tensor
 
 from topfive_training.checkpoint import CheckpointError, check_fit, load_tensors, save_tensors
 
@@ -20,15 +21,15 @@ STATE_FILE: Final = "resume/state.safetensors"
 _NETWORK, _VELOCITY, _SUMS = "network.", "velocity.", "position.sums"
 
 
-def save(folder: Path, trainer: "Trainer") -> None:
-    """Write the state of `trainer` atomically.
+def save(folder: Path, trainer: "Trainer", velocities: dict[str, Tensor]) -> None:
+    """Write the state of `trainer` atomically, in the layout of one process, whatever the ranks hold of it.
 
     Raises:
         OSError: it cannot be written; the previous state stays.
     """
-    network, optimizer, position = trainer.classifier.network, trainer.optimizer, trainer.position
+    network, position = trainer.classifier.network, trainer.position
     tensors = {_NETWORK + name: tensor for name, tensor in network.state_dict().items()}
-    tensors |= {_VELOCITY + name: optimizer.velocity(p) for name, p in network.named_parameters()}
+    tensors |= {_VELOCITY + name: velocity for name, velocity in velocities.items()}
     tensors[_SUMS] = position.sums
     text = {
         "step": position.step,
@@ -68,12 +69,14 @@ def load(folder: Path, trainer: "Trainer") -> None:
     weights = {name.removeprefix(_NETWORK): t for name, t in tensors.items() if name.startswith(_NETWORK)}
     check_fit(network, weights, source=str(path))
     network.load_state_dict(weights)
-    for name, parameter in network.named_parameters():
-        trainer.optimizer.velocity(parameter).copy_(tensors[_VELOCITY + name])
+    parallelism = trainer.parallelism
+    parallelism.distribute()
+    for name, parameter in parallelism.part.named_parameters():
+        trainer.optimizer.velocity(parameter).copy_(parallelism.slice(name, tensors[_VELOCITY + name]))
     position = trainer.position
     position.step, position.validated = int(state["step"]), int(state["validated"])
     position.best_top1 = float(state["best_top1"])
-    if trainer.ranks.first:
+    if parallelism.share[0] == 0:
         position.sums.copy_(tensors[_SUMS])
     else:
         position.sums = torch.zeros_like(position.sums)

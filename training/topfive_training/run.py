@@ -14,6 +14,7 @@ from topfive_training.dataset import DataError, Dataset, fingerprint, scan
 from topfive_training.initialization import initialize
 from topfive_training.journal import Journal
 from topfive_training.network import AlexNet
+from topfive_training.parallel import Mode
 from topfive_training.ranks import Interruption, Ranks
 from topfive_training.recipe import Recipe
 from topfive_training.squares import Opened, Statistics, open_squares
@@ -37,6 +38,8 @@ class Options:
     """Share of each class that is set aside where there is no validation folder."""
     workers: int = 1
     """Threads of each rank that decode."""
+    parallel: Mode = "data"
+    """How the ranks share the network; `topfive_training.parallel` explains."""
     cache_folder: Path | None = None
     """Where decoded squares are kept; by default within `out`, and removed when the run is complete."""
     cache_gib: float = 16.0
@@ -85,6 +88,7 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
             out=options.out,
             workers=options.workers,
             save_every_s=options.save_every_minutes * 60,
+            parallel=options.parallel,
         )
         if options.resume and (options.out / resume.STATE_FILE).is_file():
             resume.load(options.out, trainer)

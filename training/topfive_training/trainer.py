@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from topfive.errors import TopfiveError
 from topfive_training import resume
@@ -22,6 +21,7 @@ from topfive_training.checkpoint import Classifier, link_model, save_model
 from topfive_training.evaluation import Accuracy, batch_sums, validate
 from topfive_training.journal import Journal
 from topfive_training.optimizer import make_optimizer, set_rates
+from topfive_training.parallel import Mode, Parallelism, check_parallel
 from topfive_training.ranks import Interruption, Ranks
 from topfive_training.recipe import Recipe
 from topfive_training.schedule import Phase, phase
@@ -72,6 +72,7 @@ class Trainer:
         out: Path,
         workers: int,
         save_every_s: float,
+        parallel: Mode = "data",
     ) -> None:
         self.classifier = classifier.to(ranks.device).train()
         self.recipe = recipe
@@ -83,14 +84,14 @@ class Trainer:
         self.out = out
         self.workers = workers
         self.save_every_s = save_every_s
-        self.optimizer = make_optimizer(classifier.network, recipe)
         self.position = Position(sums=self._zeros())
-        self.model: nn.Module = classifier.network
         # Faster on every device: a third on a CPU, more on tensor cores.
         classifier.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if ranks.size > 1:
-            self.model = DistributedDataParallel(classifier.network, gradient_as_bucket_view=True)
         self.batch = min(recipe.batch_size, len(training))
+        check_parallel(parallel, classifier.network.architecture, batch=self.batch, ranks=ranks.size)
+        self.parallelism = Parallelism(parallel, classifier.network, rank=ranks.rank, ranks=ranks.size)
+        self.model: nn.Module = self.parallelism.model
+        self.optimizer = make_optimizer(self.parallelism.part, recipe)
         self.epoch_steps = steps_per_epoch(len(training), recipe.batch_size)
         self.steps = self.epoch_steps * recipe.epochs
         self._saved_at = time.monotonic()
@@ -110,13 +111,14 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> bool:
         """The remaining steps of `epoch`, counted from 0; False when a signal ended it."""
+        share, shares = self.parallelism.share
         batches = training_batches(
             self.training,
             self.recipe,
             epoch=epoch,
             first_step=self.position.step - epoch * self.epoch_steps,
-            rank=self.ranks.rank,
-            ranks=self.ranks.size,
+            rank=share,
+            ranks=shares,
             workers=self.workers,
         )
         self._pace = (time.monotonic(), self.position.step)
@@ -144,8 +146,8 @@ class Trainer:
         loss = F.cross_entropy(
             logits_BK.float(), classes_B, reduction="sum", label_smoothing=self.recipe.label_smoothing
         )
-        # The ranks' gradients are averaged: times their number, over the global batch, is the mean over its images.
-        (loss * (self.ranks.size / self.batch)).backward()  # type: ignore[no-untyped-call]
+        # The ranks' gradients are summed: over the global batch, that is the gradient of the mean over its images.
+        (loss / self.batch).backward()  # type: ignore[no-untyped-call]
         set_rates(self.optimizer, now)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -153,6 +155,7 @@ class Trainer:
 
     def finish_epoch(self, epochs: int) -> bool:
         """Validate and save after so many epochs; False when a signal ended it."""
+        self.parallelism.collect()
         accuracy = validate(
             self.classifier,
             self.validation,
@@ -163,7 +166,7 @@ class Trainer:
         )
         if accuracy is None:
             return False
-        images, loss, top1, top5 = self.ranks.total(self.position.sums).tolist()
+        images, loss, top1, top5 = self._total_sums().tolist()
         if not math.isfinite(accuracy.loss):
             raise DivergedError(self._advice("the validation loss is not a number"))
         self.position.validated = epochs
@@ -191,10 +194,13 @@ class Trainer:
 
     def save(self) -> None:
         """Everything that an exact resumption needs, written by the first rank."""
-        self.position.sums = self.ranks.total(self.position.sums)
+        self.position.sums = self._total_sums()
+        self.parallelism.collect()
+        moving = {name: self.optimizer.velocity(p) for name, p in self.parallelism.part.named_parameters()}
+        velocities = self.parallelism.gather(moving, dict(self.classifier.network.named_parameters()))
         if self.ranks.first:
-            resume.save(self.out, self)
-        else:
+            resume.save(self.out, self, velocities)
+        if self.parallelism.share[0] != 0:
             self.position.sums = self._zeros()
         self._saved_at = time.monotonic()
 
@@ -205,6 +211,10 @@ class Trainer:
     @property
     def _uses_bf16(self) -> bool:
         return self.recipe.precision == "bf16" and self.ranks.device.type == "cuda"
+
+    def _total_sums(self) -> Tensor:
+        """`Position.sums` over all ranks, each image once, where several see the same."""
+        return self.ranks.total(self.position.sums) * (self.parallelism.share[1] / self.ranks.size)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
