@@ -85,14 +85,18 @@ class Bench:
             assert (summary.files, summary.failed) == (self.count, 0), summary
 
     def round(self) -> dict[str, float]:
-        """Images a second of each."""
+        """Images a second, and processor milliseconds an image, of each."""
         works = {
             "decode": self.decode,
             "infer": self.infer,
             "plain_loop": self.plain_loop,
             "score": self.score,
         }
-        return {name: self.count / timed(work) for name, work in works.items()}
+        result: dict[str, float] = {}
+        for name, work in works.items():
+            seconds, processors = timed(work)
+            result |= {name: self.count / seconds, f"{name}_cpu_ms": processors / self.count * 1000}
+        return result
 
 
 class _KeptOpen(LocalScorer):
