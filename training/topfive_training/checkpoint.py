@@ -103,7 +103,6 @@ def save_model(folder: Path, classifier: Classifier) -> None:
     Raises:
         OSError: the folder cannot be written (disk full, say); what was there before stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     extras = {MEAN_IMAGE: classifier.mean_image, COLOR_COMPONENTS: classifier.color_components}
     tensors = dict(classifier.network.state_dict())
     tensors |= {name: tensor for name, tensor in extras.items() if tensor is not None}
@@ -221,6 +220,7 @@ def load_tensors(path: Path, *, only_metadata: bool = False) -> tuple[dict[str, 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as beside:
         write(beside)
         beside.chmod(0o644)  # mkstemp, and safetensors, keep a file to its owner

@@ -1,12 +1,24 @@
 """`topfive train` and `topfive evaluate`: plain functions whose arguments are the commands' options."""
 
+import dataclasses
 import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from topfive.errors import TopfiveError
 from topfive_training import resume as resume_
+from topfive_training.checkpoint import load_model
+from topfive_training.dataset import scan_known
+from topfive_training.evaluate import Evaluation, Share
+from topfive_training.evaluate import evaluate as evaluate_models
+from topfive_training.journal import Journal
 from topfive_training.parallel import Mode
 from topfive_training.ranks import (
     check_processes,
@@ -82,6 +94,80 @@ def train(
     if torchrun:
         return under_torchrun(lambda ranks: train_on_rank(ranks, chosen, options))
     return launch(count, train_on_rank, chosen, options)
+
+
+def evaluate(
+    run: Path,
+    data: Path,
+    *,
+    ensemble: list[Path] | None = None,
+    views: Literal[1, 10] = 1,
+    batch_size: int = 64,
+    workers: int | None = None,
+    worst: int = 10,
+    json: bool = False,
+) -> int:
+    """Measure a checkpoint's top-1 and top-5 error, with 95 % intervals, by class, and what it confuses.
+
+    Args:
+        run: folder of a run or of a checkpoint.
+        data: class folders; where it has a val folder, that. Of the folder that RUN was trained on without one, only
+            the images that RUN set aside are taken.
+        ensemble: further checkpoints, whose probabilities are averaged with RUN's.
+        views: 1 is the central crop, as it is served; 10 averages corners, centre and their mirror images.
+        batch_size: images at a time.
+        workers: threads that decode; by default all cores.
+        worst: how many of the most frequent confusions to list.
+        json: print JSON instead of tables.
+    """
+    for name, value in (("--batch-size", batch_size), ("--workers", workers or 1), ("--worst", worst + 1)):
+        if value < 1:
+            raise ValueError(f"{name} is too small; it must be at least {0 if name == '--worst' else 1}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifiers = [load_model(folder).to(device) for folder in (run, *(ensemble or ()))]
+    images, remarks = scan_known(data, classifiers[0].spec.labels, run)
+    journal = Journal(run, enabled=True)
+    for remark in remarks:
+        journal.say(f"note: {remark}")
+    with journal:
+        result = evaluate_models(
+            classifiers,
+            images,
+            views=views,
+            batch_size=batch_size,
+            workers=workers or len(os.sched_getaffinity(0)),
+            worst=worst,
+            progress=lambda done, total: journal.show("evaluating", done, total),
+        )
+    if json:
+        Console(soft_wrap=True).print_json(data=dataclasses.asdict(result), indent=2)
+    else:
+        _print_tables(result)
+    return 0
+
+
+def _print_tables(result: Evaluation) -> None:
+    console = Console(highlight=False)
+    views = "central crop" if result.views == 1 else f"{result.views} views"
+    models = "" if result.models == 1 else f", {result.models} models"
+    console.print(f"{result.images:,} images, {views}{models}; errors with 95 % intervals")
+    console.print(f"top-1 error {_percent(result.top1_error)}")
+    console.print(f"top-5 error {_percent(result.top5_error)}")
+    table = Table("class", "images", "top-1 accuracy", "top-5 accuracy")
+    for row in result.classes:
+        table.add_row(escape(row.label), f"{row.top1.of:,}", _percent(row.top1), _percent(row.top5))
+    console.print(table)
+    if result.confusions:
+        table = Table("class", "taken for", "images")
+        for confusion in result.confusions:
+            table.add_row(escape(confusion.label), escape(confusion.taken_for), f"{confusion.count:,}")
+        console.print(table)
+    for name, reason in result.unreadable.items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+
+
+def _percent(share: Share) -> str:
+    return f"{share.share:.2%} ({share.low:.2%} to {share.high:.2%})"
 
 
 def _recipe_for(out: Path, name: str, fields: dict[str, str], *, resume: bool) -> Recipe:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from topfive.errors import TopfiveError
+from topfive_training.checkpoint import write_atomically
 from topfive_training.randomness import order
 
 _VALIDATION_NAMES: Final = ("val", "validation", "valid")
+HELD_OUT_FILE: Final = "validation.txt"
+"""In a run's folder: its validation images, a relative path on each line."""
 
 
 class DataError(TopfiveError):
@@ -97,8 +100,11 @@ def scan(folder: Path, *, validation_fraction: float, seed: int) -> Dataset:
     )
 
 
-def class_folders_as(folder: Path, labels: tuple[str, ...]) -> tuple[ImageList, tuple[str, ...]]:
+def scan_known(folder: Path, labels: tuple[str, ...], run: Path) -> tuple[ImageList, tuple[str, ...]]:
     """The images of `folder` by the classes that a model knows, with remarks; for evaluation.
+
+    Where `folder` has a validation folder, that is taken. Where it is the one that `run` set images aside from, only
+    those are taken: the others are what it was trained on.
 
     Raises:
         DataError: no folder, no images, or a class that is not among `labels`.
@@ -108,8 +114,27 @@ def class_folders_as(folder: Path, labels: tuple[str, ...]) -> tuple[ImageList, 
             f"{folder} is not a folder; evaluation needs a folder with one subfolder for each class"
         )
     remarks: list[str] = []
-    given = next((folder / name for name in _VALIDATION_NAMES if (folder / name).is_dir()), folder)
-    return _validation_list(given, labels, remarks), tuple(remarks)
+    given = next((folder / name for name in _VALIDATION_NAMES if (folder / name).is_dir()), None)
+    if given is None and (folder / "train").is_dir():
+        folder /= "train"
+    images = _validation_list(given or folder, labels, remarks)
+    # `run` may be the `best/` of a run.
+    held_out = next((f / HELD_OUT_FILE for f in (run, run.parent) if (f / HELD_OUT_FILE).is_file()), None)
+    if given is None and held_out is not None:
+        names = set(held_out.read_text(encoding="utf-8").splitlines())
+        indices = [index for index, name in enumerate(images.names) if name in names]
+        if indices:
+            remarks.append(
+                f"{len(indices):,} of the {len(images):,} images, those that {run} did not train on ({HELD_OUT_FILE})"
+            )
+            images = images.subset(indices)
+    return images, tuple(remarks)
+
+
+def write_held_out(run: Path, images: ImageList) -> None:
+    """Note in `run` which images it was not trained on."""
+    text = "".join(f"{name}\n" for name in images.names)
+    write_atomically(run / HELD_OUT_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def fingerprint(images: ImageList) -> str:

@@ -3,13 +3,15 @@
 import json
 import time
 from pathlib import Path
-from typing import Final, Self, TextIO
+from typing import TYPE_CHECKING, Final, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard.writer import SummaryWriter
 
-from topfive.model_spec import Json
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    from topfive.model_spec import Json
 
 LOG_FILE: Final = "train.jsonl"
 
@@ -52,6 +54,8 @@ class Journal:
     def open_logs(self, from_step: int) -> None:
         """Start, or after a resume go on with, the files; what they say of steps after `from_step` is dropped."""
         if self._enabled:
+            from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415  two seconds
+
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / LOG_FILE
             _forget_after(path, from_step)
@@ -66,7 +70,7 @@ class Journal:
         """Move the bar."""
         self._bar.update(self._task, description=what, completed=done, total=total, note=note)
 
-    def record(self, kind: str, step: int, values: dict[str, Json]) -> None:
+    def record(self, kind: str, step: int, values: "dict[str, Json]") -> None:
         """A line of JSON, and its numbers as TensorBoard's scalars."""
         if self._lines is None or self._board is None:
             return

@@ -10,7 +10,7 @@ from topfive import __version__
 from topfive.model_spec import ModelSpec, Preprocessing
 from topfive_training import resume
 from topfive_training.checkpoint import Classifier
-from topfive_training.dataset import DataError, Dataset, fingerprint, scan
+from topfive_training.dataset import DataError, Dataset, fingerprint, scan, write_held_out
 from topfive_training.initialization import initialize
 from topfive_training.journal import Journal
 from topfive_training.network import AlexNet
@@ -92,6 +92,8 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
         )
         if options.resume and (options.out / resume.STATE_FILE).is_file():
             resume.load(options.out, trainer)
+        if ranks.first:
+            write_held_out(options.out, validation.squares.images)
         journal.open_logs(trainer.position.step)
         _announce(journal, trainer, dataset)
         complete = trainer.run()

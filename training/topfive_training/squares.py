@@ -193,7 +193,7 @@ def _decode_all(
 
     def fill(beside: Path | None) -> None:
         pixels_NSSC = _allocate(beside, (len(images), side, side, 3)) if beside is not None else None
-        for index, square in enumerate(_in_order(images, preprocessing, side, workers)):
+        for index, square in enumerate(decode_in_order(images, preprocessing, side, workers)):
             if isinstance(square, str):
                 unreadable[images.names[index]] = square
             else:
@@ -219,10 +219,10 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> "np.memmap[Any, np.dtype[np
     return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
-def _in_order(
+def decode_in_order(
     images: ImageList, preprocessing: Preprocessing, side: int, workers: int
 ) -> Iterator[Pixels | str]:
-    """Every square, or the reason why there is none, in the order of the list, a bounded number ahead."""
+    """Every square [S, S, 3], or the reason why there is none, in the order of the list, a bounded number ahead."""
 
     def one(index: int) -> Pixels | str:
         try:
