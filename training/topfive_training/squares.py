@@ -129,7 +129,7 @@ def open_squares(
     known = _read_record(record, pixels if caches else None, sums if with_statistics else None)
     if known is None:
         folder.mkdir(parents=True, exist_ok=True)
-        totals = _Totals(side) if with_statistics else None
+        totals = Totals(side) if with_statistics else None
         unreadable = _decode_all(
             images,
             preprocessing,
@@ -150,7 +150,7 @@ def open_squares(
     return Opened(
         squares=Squares(images.subset(rows), preprocessing, side, cached, rows),
         unreadable=unreadable,
-        statistics=_statistics(load_tensors(sums)[0]) if with_statistics and rows else None,
+        statistics=statistics_of(load_tensors(sums)[0]) if with_statistics and rows else None,
     )
 
 
@@ -185,7 +185,7 @@ def _decode_all(
     *,
     cache: Path | None,
     workers: int,
-    totals: "_Totals | None",
+    totals: "Totals | None",
     progress: Callable[[int, int], None],
 ) -> dict[str, str]:
     """The pass itself; returns the unreadable ones."""
@@ -241,8 +241,8 @@ def decode_in_order(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Totals:
-    """Exact integer sums over the squares."""
+class Totals:
+    """Exact integer sums over squares."""
 
     def __init__(self, side: int) -> None:
         self.images = 0
@@ -250,12 +250,14 @@ class _Totals:
         self.products_CC = np.zeros((3, 3), np.int64)
 
     def add(self, square_SSC: Pixels) -> None:
+        """Count one square in."""
         self.images += 1
         self.sum_SSC += square_SSC
         colors = square_SSC.reshape(-1, 3).astype(np.float64)
         self.products_CC += (colors.T @ colors).astype(np.int64)  # whole numbers below 2^53: exact
 
     def tensors(self) -> dict[str, Tensor]:
+        """The sums by name; those of several sets, added, are the sums of all."""
         return {
             "images": torch.tensor(self.images),
             "sum_SSC": torch.from_numpy(self.sum_SSC),
@@ -263,7 +265,12 @@ class _Totals:
         }
 
 
-def _statistics(sums: dict[str, Tensor]) -> Statistics:
+def statistics_of(sums: dict[str, Tensor]) -> Statistics:
+    """What `Totals.tensors` come to.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
     try:
         images = int(sums["images"])
         sum_SSC, products_CC = sums["sum_SSC"].double(), sums["products_CC"].double()
