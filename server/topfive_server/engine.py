@@ -3,8 +3,8 @@
 Shapes: B images of a batch, H and W pixels (both `crop`), T top classes (at most 5), C classes.
 
 Implementations: `onnx_engine.OnnxEngine` (in process, one per device), `triton_engine.TritonEngine` (a fleet).
-An engine computes one batch at a time: the batcher calls `predict` again only to prefetch, and an engine that is
-given two batches at once queues the second. It holds no policy: queueing, deadlines, bisecting a failed batch and
+An engine computes `info.parallel` batches at a time: the batcher calls `predict` beyond that only to prefetch, and an
+engine that is given more queues them. It holds no policy: queueing, deadlines, bisecting a failed batch and
 rebuilding a dead engine are its caller's.
 """
 
@@ -36,6 +36,8 @@ class EngineInfo:
     """Most images that one call of `predict` may hold."""
     buckets: tuple[int, ...]
     """Batch sizes the device really runs, ascending (a batch is padded up to the next); empty: any size."""
+    parallel: int = 1
+    """Batches that it computes at the same time: 1 for one device, more for a fleet."""
 
 
 class Predictions(NamedTuple):

@@ -1,0 +1,401 @@
+"""Against stand-ins on real gRPC connections always, and against a real Triton where there is one."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tests.server.onnx_models import expected_scores, make_spec, random_images, write_model
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from topfive_server.engine import EngineDead, EngineError, EngineOutOfMemory, Predictions
+from topfive_server.repository import ModelVersion, Repository
+from topfive_server.triton_engine import TritonEngine, TritonOptions
+
+
+@dataclass
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # untyped
+    """Serves the tiny model on a real port; fails as told."""
+
+    status: grpc.StatusCode | None = None
+    message: str = "told to fail"
+    crop: int = 12
+    delay_s: float = 0.0
+    short_answer: bool = False
+    batches: list[int] = field(default_factory=list)
+    address: str = ""
+
+    async def start(self, stack: AsyncExitStack, port: int = 0) -> "FakeTriton":
+        server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server)
+        self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
+        await server.start()
+        stack.push_async_callback(server.stop, None)
+        return self
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self.status:
+            await context.abort(self.status, self.message)
+        tensor = service_pb2.ModelMetadataResponse.TensorMetadata
+        shapes = {"probabilities": 5, "classes": 5, "scores": 7, "features": 3}
+        return service_pb2.ModelMetadataResponse(
+            name=request.name,
+            versions=["1"],
+            inputs=[tensor(name="image", datatype="UINT8", shape=[-1, self.crop, self.crop, 3])],
+            outputs=[tensor(name=n, datatype="FP32", shape=[-1, size]) for n, size in shapes.items()],
+        )
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+        config = model_config_pb2.ModelConfig(name=request.name, max_batch_size=4)
+        return service_pb2.ModelConfigResponse(config=config)
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        assert (request.model_name, request.model_version) == ("tiny", "1")
+        count = request.inputs[0].shape[0]
+        self.batches.append(count)
+        await asyncio.sleep(self.delay_s)
+        if self.status:
+            await context.abort(self.status, self.message)
+        images = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(count, 12, 12, 3)
+        scores = expected_scores(images, 7).astype(np.float32)[: count - self.short_answer]
+        classes = np.argsort(-scores, axis=1)[:, :5].astype(np.int64)
+        arrays = {
+            "probabilities": np.take_along_axis(scores, classes, 1),
+            "classes": classes,
+            "scores": scores,
+        }
+        wanted = [output.name for output in request.outputs]
+        return service_pb2.ModelInferResponse(
+            model_name="tiny",
+            outputs=[
+                service_pb2.ModelInferResponse.InferOutputTensor(
+                    name=name, datatype="INT64" if name == "classes" else "FP32", shape=arrays[name].shape
+                )
+                for name in wanted
+            ],
+            raw_output_contents=[arrays[name].tobytes() for name in wanted],
+        )
+
+
+def version(root: Path) -> ModelVersion:
+    write_model(root)
+    return Repository(root).read("tiny")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check(predictions: Predictions, images: list[Any]) -> None:
+    scores = expected_scores(np.stack(images), 7)
+    np.testing.assert_allclose(predictions.scores_BC, scores, atol=1e-5)
+    np.testing.assert_array_equal(predictions.classes_BT, np.argsort(-scores, axis=1)[:, :5])
+    assert predictions.probabilities_BT.dtype == np.float32
+    assert predictions.classes_BT.dtype == np.int64
+
+
+Body = Callable[[TritonEngine, list[FakeTriton]], Awaitable[None]]
+
+
+def with_fleet(
+    root: Path, fleet: list[FakeTriton], body: Body, *, also: tuple[str, ...] = (), **options: Any
+) -> None:
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            for server in fleet:
+                await server.start(stack)
+            addresses = (*also, *(server.address for server in fleet))
+            engine = await TritonEngine.connect(version(root), TritonOptions(endpoints=addresses, **options))
+            stack.push_async_callback(engine.close)
+            await body(engine, fleet)
+
+    asyncio.run(run())
+
+
+def test_batches_travel_and_come_back_in_order(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        assert engine.info.spec == make_spec()
+        assert (engine.info.provider, engine.info.device) == ("triton", fleet[0].address)
+        assert (engine.info.max_batch, engine.info.parallel) == (4, 2)
+        await engine.warm_up()
+        assert sorted(fleet[0].batches) == [1, 4]
+        batches = [random_images(n, seed=n) for n in (1, 2, 3, 4)]
+        for images, answer in zip(batches, await asyncio.gather(*map(engine.predict, batches)), strict=True):
+            check(answer, images)
+
+    with_fleet(tmp_path, [FakeTriton()], body)
+
+
+def test_batches_spread_over_the_fleet(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        assert engine.info.parallel == 6
+        await asyncio.gather(*(engine.predict(random_images(1)) for _ in range(6)))
+        assert [len(server.batches) for server in fleet] == [2, 2, 2]
+
+    with_fleet(tmp_path, [FakeTriton(delay_s=0.2) for _ in range(3)], body)
+
+
+@pytest.mark.parametrize(
+    "status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED]
+)
+def test_a_batch_moves_on_from_a_server_that_cannot_and_that_one_rests(
+    tmp_path: Path, status: grpc.StatusCode
+) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        fleet[0].status = status
+        for _ in range(4):
+            images = random_images(2)
+            check(await engine.predict(images), images)
+        assert len(fleet[0].batches) == 1
+        assert len(fleet[1].batches) == 4
+
+    with_fleet(tmp_path, [FakeTriton(), FakeTriton()], body)
+
+
+def test_a_server_that_comes_back_is_used_again(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        fleet[0].status = grpc.StatusCode.UNAVAILABLE
+        await engine.predict(random_images(1))
+        fleet[0].status, fleet[1].status = None, grpc.StatusCode.UNAVAILABLE
+        images = random_images(1)
+        check(await engine.predict(images), images)
+        assert len(fleet[0].batches) == 2
+
+    with_fleet(tmp_path, [FakeTriton(), FakeTriton()], body)
+
+
+def test_a_server_that_hangs_is_given_up_in_time(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        fleet[0].delay_s = 30
+        images = random_images(2)
+        check(await engine.predict(images), images)
+
+    with_fleet(tmp_path, [FakeTriton(), FakeTriton()], body, timeout_s=0.3)
+
+
+def test_an_endpoint_that_is_down_from_the_start_is_passed_over(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        images = random_images(2)
+        check(await engine.predict(images), images)
+
+    with_fleet(tmp_path, [FakeTriton()], body, also=(f"127.0.0.1:{free_port()}",), connect_timeout_s=1)
+
+
+def test_a_fleet_that_is_gone_kills_the_engine(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        for server in fleet:
+            server.status = grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(
+            EngineDead, match=r"no Triton server answered \(127.*UNAVAILABLE told to fail; 127"
+        ):
+            await engine.predict(random_images(1))
+
+    with_fleet(tmp_path, [FakeTriton(), FakeTriton()], body)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape", EngineError),
+        (
+            grpc.StatusCode.INTERNAL,
+            "onnx runtime error 6: Failed to allocate memory for 9",
+            EngineOutOfMemory,
+        ),
+    ],
+)
+def test_what_another_server_would_answer_too_is_not_asked_again(
+    tmp_path: Path, status: grpc.StatusCode, message: str, kind: type[EngineError]
+) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        for server in fleet:
+            server.status, server.message = status, message
+        with pytest.raises(EngineError, match=message) as caught:
+            await engine.predict(random_images(1))
+        assert type(caught.value) is kind
+        assert sum(len(server.batches) for server in fleet) == 1
+
+    with_fleet(tmp_path, [FakeTriton(), FakeTriton()], body)
+
+
+def test_a_broken_gpu_of_one_server_is_not_the_fleets(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        fleet[0].status, fleet[0].message = (
+            grpc.StatusCode.INTERNAL,
+            "CUDA failure 700: illegal memory access",
+        )
+        images = random_images(1)
+        check(await engine.predict(images), images)
+
+    with_fleet(tmp_path, [FakeTriton(), FakeTriton()], body)
+
+
+def test_an_answer_of_the_wrong_length_is_an_error(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        with pytest.raises(EngineError, match=r"answered 3 images with arrays of \[\(2, 5\)"):
+            await engine.predict(random_images(3))
+
+    with_fleet(tmp_path, [FakeTriton(short_answer=True)], body)
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        raise AssertionError("it connected")
+
+    with pytest.raises(EngineError, match=r"serves another model under the name tiny: it takes .*14, 14"):
+        with_fleet(tmp_path, [FakeTriton(crop=14)], body)
+
+
+def test_no_fleet_at_all_is_a_sentence(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        raise AssertionError("it connected")
+
+    with pytest.raises(
+        EngineDead, match=r"no Triton server serves tiny version 1 \(127.0.0.1:[0-9]+: UNAVAILABLE"
+    ):
+        with_fleet(tmp_path, [], body, also=(f"127.0.0.1:{free_port()}",), connect_timeout_s=1)
+
+
+def test_mistakes_of_the_caller(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        with pytest.raises(ValueError, match="5 images; it must have 1 to 4"):
+            await engine.predict(random_images(5))
+        with pytest.raises(ValueError, match=r"\(1, 13, 13, 3\); it must be uint8 \(1, 12, 12, 3\)"):
+            await engine.predict(random_images(1, side=13))
+        await engine.close()
+        await engine.close()
+        with pytest.raises(EngineDead, match="was closed"):
+            await engine.predict(random_images(1))
+
+    with_fleet(tmp_path, [FakeTriton()], body)
+
+
+def test_close_answers_what_is_under_way(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        images = random_images(2)
+        waiting = asyncio.create_task(engine.predict(images))
+        while not fleet[0].batches:  # noqa: ASYNC110  the other side of a socket
+            await asyncio.sleep(0.005)
+        await engine.close()
+        check(waiting.result(), images)
+
+    with_fleet(tmp_path, [FakeTriton(delay_s=0.2)], body)
+
+
+@pytest.mark.parametrize("endpoints", [(), ("host",), ("host:",), (":8001",), ("host:0",), ("host:99999",)])
+def test_endpoints_are_checked(endpoints: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="endpoints"):
+        TritonOptions(endpoints=endpoints)
+
+
+PYTHON_MODEL = """
+import numpy as np, onnxruntime, os
+import triton_python_backend_utils as utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        folder = os.path.join(args["model_repository"], args["model_version"])
+        self.session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"))
+
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            image = utils.get_input_tensor_by_name(request, "image").as_numpy()
+            names = ["probabilities", "classes", "scores", "features"]
+            arrays = self.session.run(names, {"image": image})
+            answers.append(utils.InferenceResponse([utils.Tensor(n, a) for n, a in zip(names, arrays)]))
+        return answers
+"""
+CONFIG = """
+name: "tiny"
+backend: "python"
+max_batch_size: 8
+input [ { name: "image" data_type: TYPE_UINT8 dims: [ 12, 12, 3 ] } ]
+output [
+  { name: "probabilities" data_type: TYPE_FP32 dims: [ 5 ] },
+  { name: "classes" data_type: TYPE_INT64 dims: [ 5 ] },
+  { name: "scores" data_type: TYPE_FP32 dims: [ 7 ] },
+  { name: "features" data_type: TYPE_FP32 dims: [ 3 ] }
+]
+dynamic_batching { }
+instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
+
+
+@pytest.fixture(name="triton")
+def start_triton(tmp_path: Path) -> Iterator[tuple[str, ModelVersion, "subprocess.Popen[bytes]"]]:
+    """A real Triton with the tiny model, on its python backend: the wheel that it comes from has no other."""
+    program = os.environ.get("TOPFIVE_TRITON")
+    if not program:
+        pytest.skip("TOPFIVE_TRITON does not name a tritonserver; `make triton-env` makes one")
+    model = version(tmp_path)
+    (tmp_path / "tiny" / "config.pbtxt").write_text(CONFIG)
+    (tmp_path / "tiny" / "1" / "model.py").write_text(PYTHON_MODEL)
+    http, rpc, metrics = (free_port() for _ in range(3))
+    log = (tmp_path / "triton.log").open("wb")
+    process = subprocess.Popen(
+        [
+            program,
+            f"--model-repository={tmp_path}",
+            *(
+                "--http-address=127.0.0.1",
+                f"--http-port={http}",
+                "--grpc-address=127.0.0.1",
+                f"--grpc-port={rpc}",
+            ),
+            *(f"--metrics-port={metrics}", "--exit-timeout-secs=5"),
+        ],
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, (tmp_path / "triton.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "triton.log").read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{http}/v2/models/tiny/ready", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield f"127.0.0.1:{rpc}", model, process
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+@pytest.mark.triton
+def test_a_real_triton_answers_and_its_death_is_noticed(
+    triton: tuple[str, ModelVersion, "subprocess.Popen[bytes]"],
+) -> None:
+    address, model, process = triton
+
+    async def run() -> None:
+        engine = await TritonEngine.connect(model, TritonOptions(endpoints=(address,)))
+        assert engine.info.max_batch == 8
+        await engine.warm_up()
+        batches = [random_images(n, seed=n) for n in range(1, 9)]
+        for images, answer in zip(batches, await asyncio.gather(*map(engine.predict, batches)), strict=True):
+            check(answer, images)
+        process.terminate()
+        process.wait(30)
+        with pytest.raises(EngineDead, match="no Triton server answered"):
+            await engine.predict(random_images(1))
+        await engine.close()
+        with pytest.raises(EngineDead, match="no Triton server serves tiny version 1"):
+            await TritonEngine.connect(model, TritonOptions(endpoints=(address,), connect_timeout_s=1))
+
+    asyncio.run(run())
