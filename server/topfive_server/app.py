@@ -106,8 +106,9 @@ class Application:
         if self._keys is not None and path not in OPEN_PATHS and not self._keys.opens(exchange.headers):
             raise UnauthorizedError("send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
         if path == "/v1/classify":
-            if exchange.scope["method"] != "POST":
-                raise MethodNotAllowedError("send the image with POST", allow="POST")
+            # `curl -T cat.jpg` sends PUT, and means the same.
+            if exchange.scope["method"] not in {"POST", "PUT"}:
+                raise MethodNotAllowedError("send the image with POST or PUT", allow="POST, PUT")
             await self._classify(exchange, receive)
         elif path.startswith(f"{PREFIX}/") or path == PREFIX:
             await self._oip(exchange, receive)

@@ -134,7 +134,8 @@ def add_classify(api: FastAPI) -> None:
             document = get_openapi(
                 title=api.title, version=api.version, summary=api.summary, routes=api.routes
             )
-            document["paths"] = {"/v1/classify": {"post": CLASSIFY}, **document["paths"]}
+            put = {**CLASSIFY, "operationId": "classify_put"}  # what `curl -T` sends
+            document["paths"] = {"/v1/classify": {"post": CLASSIFY, "put": put}, **document["paths"]}
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             schemas.update(Answer=_ANSWER, Image=_IMAGE, Problem=_PROBLEM)
             api.openapi_schema = document

@@ -256,10 +256,15 @@ def test_models(server: Harness) -> None:
     assert server.request("GET", "/v1/models/none/labels").code == "unknown-model"
 
 
+def test_put_is_post_because_curl_sends_it_for_uploads(server: Harness) -> None:
+    put, post = (server.request(method, "/v1/classify", picture(1)) for method in ("PUT", "POST"))
+    assert (put.status, put.json) == (200, post.json)
+
+
 def test_unknown_paths_and_methods(server: Harness) -> None:
     assert server.request("GET", "/v1/nothing").code == "not-found"
     reply = server.request("DELETE", "/v1/classify")
-    assert (reply.status, reply.code, reply.headers["allow"]) == (405, "method-not-allowed", "POST")
+    assert (reply.status, reply.code, reply.headers["allow"]) == (405, "method-not-allowed", "POST, PUT")
     reply = server.request("POST", "/healthz")
     assert (reply.status, reply.code, reply.headers["allow"]) == (405, "method-not-allowed", "GET")
 
