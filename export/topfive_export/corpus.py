@@ -119,7 +119,7 @@ def _draw() -> Iterator[tuple[str, bytes]]:
         yield f"PNG of {width}x{height} pixels", _file(_noise(width, height, seed=width), "PNG")
     # Flat and saturated ones tell channels apart, noise tells pixels apart.
     for name in ("black", "white", "red", "lime", "blue", "grey"):
-        yield f"{name} PNG", _file(Image.new("RGB", (300, 240), name), "PNG")
+        yield f"flat {name} PNG", _file(Image.new("RGB", (300, 240), name), "PNG")
     yield "noise PNG", _file(_noise(280, 310, seed=7), "PNG")
     yield "coarse noise PNG", _file(_noise(40, 30, seed=8).resize((400, 300), Image.Resampling.NEAREST), "PNG")
 
