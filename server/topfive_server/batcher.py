@@ -1,8 +1,10 @@
 """One owner of the queue: gathers decoded images into batches, feeds the engine, hands each image its own answer.
 
 A batch is committed as late as possible. While the engine works, images gather; when it is idle a lone image leaves
-at once, unless others are being decoded at that moment: then it waits for them, at most `max_delay_s` counted from
-the first. Only a *full* batch is handed over while another computes (one, prefetched): nothing could be gained by
+at once, unless others are arriving or being decoded at that moment: then it waits for them, for at most a window
+counted from the first (or from when the engine became free, if the first had to wait for that anyway). When the engine
+has just finished and some images wait, it lingers for a moment: those who have just been answered tend to come back,
+and would else make batches of half the size for ever. Only a *full* batch is handed over while another computes (one, prefetched): nothing could be gained by
 waiting, and the engine goes from one to the next without a pause.
 
 Everything here runs on the event loop's thread, and all timing is on the monotonic clock.
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 Priority = Literal["interactive", "batch"]
 PRIORITIES: Final[tuple[Priority, ...]] = ("interactive", "batch")
 
+_LINGER_S: Final = 0.003
+"""Most seconds that an engine that has just finished waits for those it has answered to come back."""
 _AGING: Final = 8
 """After this many batches without one, a batch of `interactive` images takes the longest-waiting `batch` image along."""
 
@@ -138,6 +142,23 @@ class _Queue:
         return taken
 
 
+class Arrival:
+    """A request whose body is arriving. Ends with the body, or by itself when that is slow."""
+
+    __slots__ = ("_batcher", "_timer")
+
+    def __init__(self, batcher: "Batcher", loop: asyncio.AbstractEventLoop, patience_s: float) -> None:
+        self._batcher: Batcher | None = batcher
+        self._timer = loop.call_later(patience_s, self.end)
+
+    def end(self) -> None:
+        """It is there, or no longer waited for."""
+        if self._batcher is not None:
+            self._timer.cancel()
+            self._batcher.withdraw()
+            self._batcher = None
+
+
 class Batcher:
     """Feeds one engine. `expect` and `submit` images, `await job.answer`; `close` when nothing more will come."""
 
@@ -147,14 +168,14 @@ class Batcher:
         *,
         observer: Observer,
         on_dead: Callable[[str], None],
-        max_delay_s: float = 0.03,
+        max_delay_s: float = 0.05,
         engine_timeout_s: float = 30.0,
     ) -> None:
         """Start the loop; `on_dead` is called once, with the reason, when the engine has to be rebuilt."""
         self.max_batch = engine.info.max_batch
         self.times = BatchTimes()
         self.expected = 0
-        """Images being decoded, which will be submitted (or withdrawn) soon."""
+        """Images arriving or being decoded, which will be submitted (or withdrawn) soon."""
         self.last_success = float("-inf")
         """When a batch last came back whole, on the monotonic clock."""
         self.dead_because = ""
@@ -163,6 +184,9 @@ class Batcher:
         self._on_dead = on_dead
         self._max_delay_s = max_delay_s
         self._engine_timeout_s = engine_timeout_s
+        self._shares_cores = engine.info.device == "cpu"
+        self._free_since = float("-inf")
+        """When the engine last finished a batch."""
         self._loop = asyncio.get_running_loop()
         self._queue = _Queue()
         self._computing: dict[asyncio.Task[None], tuple[float, int]] = {}
@@ -171,6 +195,11 @@ class Batcher:
         self._task = self._loop.create_task(self._run(), name="batcher")
 
     # ------------------------------------------------------------------ what the request path calls
+
+    def arriving(self) -> "Arrival":
+        """A request has begun to arrive; it is waited for like an image being decoded, but not if it is slow."""
+        self.expected += 1
+        return Arrival(self, self._loop, self._max_delay_s)
 
     def expect(self) -> None:
         """An image is going to be decoded."""
@@ -215,17 +244,20 @@ class Batcher:
     async def _run(self) -> None:
         """The batching loop, step by step."""
         while True:
-            await self._until(
-                self._may_start
-            )  # something waits, and the engine is idle or has just one batch
+            # Something waits, and the engine is idle, or has one batch and a full one follows.
+            await self._until(self._may_start)
             free_at = monotonic()
             if not self._computing:
-                await self._until(self._complete, deadline=self._queue.oldest() + self._max_delay_s)
+                await self._until(self._joined, deadline=self._free_since + self._linger_s())
+                begin = max(self._queue.oldest(), self._free_since)
+                await self._until(self._complete, deadline=begin + self._window_s())
             batch = self._take(free_at)
             if batch:
                 compute = self._loop.create_task(self._compute(batch))
                 self._computing[compute] = monotonic(), len(batch)
                 compute.add_done_callback(self._computed)
+            else:
+                self._wake()  # the queue is empty now, which `close` may be waiting for
 
     def _may_start(self) -> bool:
         waiting, computing = len(self._queue), len(self._computing)
@@ -234,6 +266,22 @@ class Batcher:
     def _complete(self) -> bool:
         """Nobody else is about to join the batch, or there is no room."""
         return self.expected == 0 or len(self._queue) >= self.max_batch
+
+    def _joined(self) -> bool:
+        """Somebody is about to join the batch, or there is no room."""
+        return self.expected > 0 or len(self._queue) >= self.max_batch
+
+    def _linger_s(self) -> float:
+        """How long an engine that has just finished waits for somebody to come: less than a saved batch is worth."""
+        return min(_LINGER_S, self.times.fixed / 2)
+
+    def _window_s(self) -> float:
+        """How long to wait for images that are on their way.
+
+        Where the engine and the decoders share the cores, waiting costs nothing: the cores are busy decoding. A
+        device of its own would idle, which pays only for as long as one batch less saves.
+        """
+        return self._max_delay_s if self._shares_cores else min(self._max_delay_s, self.times.fixed)
 
     def _take(self, free_at: float) -> list[Job]:
         """Up to `max_batch` images that somebody still waits for."""
@@ -324,16 +372,15 @@ class Batcher:
 
     def _computed(self, task: asyncio.Task[None]) -> None:
         del self._computing[task]
+        self._free_since = monotonic()
         self._wake()
 
     async def _until(self, condition: Callable[[], bool], *, deadline: float | None = None) -> None:
         """Wait until the condition holds or the deadline passes; looked at whenever something changes."""
-        if condition():
+        if condition() or (deadline is not None and deadline <= monotonic()):
             return
         wakeup = self._loop.create_future()
-        timer = None
-        if deadline is not None:
-            timer = self._loop.call_later(max(deadline - monotonic(), 0), self._set, wakeup)
+        timer = None if deadline is None else self._loop.call_later(deadline - monotonic(), self._set, wakeup)
         waiter = (condition, wakeup)
         self._waiters.append(waiter)
         try:

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from topfive_server.admission import Admission
-from topfive_server.batcher import PRIORITIES, Answer, Job, Priority
+from topfive_server.admission import Admission, Ticket
+from topfive_server.batcher import PRIORITIES, Answer, Arrival, Job, Priority
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
@@ -85,36 +85,41 @@ class ClassifyEndpoint:
     async def _classify(self, exchange: Exchange, receive: Receive) -> None:
         wish = read_wish(exchange, self._config)
         deadline = exchange.started + wish.timeout_s
-        self._admit(exchange, wish)
-        retry_after_s = self._retry_after(wish)
-        with self._admission.ticket(retry_after_s) as ticket:
-            timeout_s = min(self._config.body_timeout_s, wish.timeout_s)
+        arrival = self._admit(exchange, wish)
+        with self._admission.ticket(self._retry_after(wish)) as ticket:
             try:
-                body = await read_body(
-                    receive,
-                    exchange.headers,
-                    ticket,
-                    max_bytes=self._config.max_body_bytes,
-                    timeout_s=timeout_s,
-                )
-            except BodyTimeoutError as error:
-                if timeout_s < self._config.body_timeout_s:
-                    raise DeadlineExceededError(f"the deadline passed: {error.detail}") from None
-                raise
-            exchange.bytes_in = len(body)
-            uploads = await self._unpack(body, exchange.headers)
-            ticket.add_images(len(uploads))
-            exchange.images = len(uploads)
-            now = monotonic()
-            exchange.timings["receive"] = now - exchange.started
-            # Looked up again: a hot reload may have happened while the body came in.
-            model = self._models.get(wish.model, wish.version)
-            exchange.model, exchange.version = model.info.name, model.info.version
-            jobs = [model.classify(u.data, deadline=deadline, priority=wish.priority) for u in uploads]
+                uploads = await self._receive(exchange, receive, ticket, wish)
+                # Looked up again: a hot reload may have happened while the body came in.
+                model = self._models.get(wish.model, wish.version)
+                exchange.model, exchange.version = model.info.name, model.info.version
+                jobs = [model.classify(u.data, deadline=deadline, priority=wish.priority) for u in uploads]
+            finally:
+                arrival.end()
             outcomes = await self._await_answers(jobs, deadline, receive)
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
 
-    def _admit(self, exchange: Exchange, wish: Wish) -> None:
+    async def _receive(
+        self, exchange: Exchange, receive: Receive, ticket: Ticket, wish: Wish
+    ) -> list[Upload]:
+        """Read the body and take it apart; the request then has its places in the queue."""
+        config = self._config
+        timeout_s = min(config.body_timeout_s, wish.timeout_s)
+        try:
+            body = await read_body(
+                receive, exchange.headers, ticket, max_bytes=config.max_body_bytes, timeout_s=timeout_s
+            )
+        except BodyTimeoutError as error:
+            if timeout_s < config.body_timeout_s:
+                raise DeadlineExceededError(f"the deadline passed: {error.detail}") from None
+            raise
+        exchange.bytes_in = len(body)
+        uploads = await self._unpack(body, exchange.headers)
+        ticket.add_images(len(uploads))
+        exchange.images = len(uploads)
+        exchange.timings["receive"] = monotonic() - exchange.started
+        return uploads
+
+    def _admit(self, exchange: Exchange, wish: Wish) -> Arrival:
         """Refuse before the body is read what could not be served."""
         model = self._models.get(wish.model, wish.version)
         if self.draining:
@@ -139,6 +144,7 @@ class ClassifyEndpoint:
                     f"more than the {wish.timeout_s * 1000:.0f} ms of X-Timeout-Ms",
                     retry_after_s=needed_s - wish.timeout_s,
                 )
+        return model.batcher.arriving()
 
     async def _unpack(self, body: bytes, headers: Mapping[bytes, bytes]) -> list[Upload]:
         limits = {"max_bytes": self._config.max_body_bytes, "max_images": self._config.max_images}

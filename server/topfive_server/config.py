@@ -17,7 +17,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     """Address to listen on; `0.0.0.0` serves the network, and then API keys and TLS are worth a thought."""
-    port: int = 8080
+    port: int = 8000
     """Port to listen on; 0 takes a free one and says which."""
 
     device: str = "auto"
@@ -31,8 +31,8 @@ class ServerConfig:
     watch_interval_s: float = 2.0
     """Seconds between two looks at the models folder."""
 
-    max_delay_ms: float = 30.0
-    """Milliseconds, counted from a batch's first image, that an idle engine waits for images already being decoded."""
+    max_delay_ms: float = 50.0
+    """Milliseconds, counted from a batch's first image, that an idle engine waits for images arriving or being decoded."""
     decode_threads: int = 0
     """Threads that decode images; 0 takes one for each core."""
 

@@ -1,42 +1,42 @@
-"""How long will a batch take? Fitted to the batches that went before; admission and Retry-After rest on it."""
+"""How long will a batch take? Admission, Retry-After and the patience of the batcher rest on it."""
 
-import math
+from collections.abc import Sequence
 
 
 class BatchTimes:
-    """Least-squares fit of `seconds = fixed + per_image * images`, in which older batches count for less."""
+    """`speed * (fixed + per_image * images)` seconds: the shape is measured at the start, the speed all the time.
 
-    _FORGET = 0.97
-    """Weight of the past at each new batch: about the last 30 batches decide."""
+    The shape belongs to the model and the device. The speed follows what else the machine is doing; it could not be
+    told from the shape if both were fitted to a load that always makes batches of one size.
+    """
+
+    _NEW = 0.1
+    """Weight of the latest batch: about the last twenty decide."""
 
     def __init__(self) -> None:
-        self._weight = self._n = self._t = self._nn = self._nt = 0.0
+        self._fixed, self._per_image = 0.0, 1.0
+        self._speed = 0.0
+
+    def calibrate(self, measured: Sequence[tuple[int, float]]) -> None:
+        """Take the shape and the speed from (images, seconds) of a small batch and a large one, or of one batch."""
+        (few, short_s), (many, long_s) = measured[0], measured[-1]
+        per_image = (long_s - short_s) / (many - few) if many > few else short_s / few
+        per_image = min(max(per_image, 0.0), long_s / many)  # neither cost is negative, whatever the noise
+        self._fixed, self._per_image, self._speed = long_s - per_image * many, per_image, 1.0
 
     def observe(self, images: int, seconds: float) -> None:
         """Take a measured batch into account."""
-        keep = self._FORGET
-        self._weight = self._weight * keep + 1
-        self._n = self._n * keep + images
-        self._t = self._t * keep + seconds
-        self._nn = self._nn * keep + images * images
-        self._nt = self._nt * keep + images * seconds
-
-    @property
-    def known(self) -> bool:
-        """Whether any batch has been measured."""
-        return self._weight > 0
+        speed = seconds / (self._fixed + self._per_image * images)
+        self._speed += self._NEW * (speed - self._speed) if self._speed else speed
 
     def predict(self, images: int) -> float:
         """Seconds that a batch of this many images takes; 0 while nothing is known."""
-        if not self.known:
-            return 0.0
-        mean_n, mean_t = self._n / self._weight, self._t / self._weight
-        variance = self._nn / self._weight - mean_n**2
-        covariance = self._nt / self._weight - mean_n * mean_t
-        # Batches of nearly one size say nothing of the slope; then the time is taken as proportional above the mean.
-        slope = covariance / variance if variance > 0.25 else mean_t / mean_n
-        slope = min(max(slope, 0.0), mean_t / mean_n)
-        return max(mean_t + slope * (images - mean_n), 0.0)
+        return self._speed * (self._fixed + self._per_image * images)
+
+    @property
+    def fixed(self) -> float:
+        """Seconds that a batch costs whatever its size: what is saved when two become one."""
+        return self._speed * self._fixed
 
     def predict_queue(self, images: int, max_batch: int) -> float:
         """Seconds that this many images take, in full batches and a rest."""
@@ -49,13 +49,13 @@ class Average:
 
     def __init__(self, weight: float = 0.05) -> None:
         self._new = weight
-        self.value = math.nan
+        self._value: float | None = None
 
     def observe(self, seconds: float) -> None:
         """Take a measurement into account."""
-        old = self.value
-        self.value = seconds if math.isnan(old) else old + self._new * (seconds - old)
+        old = seconds if self._value is None else self._value
+        self._value = old + self._new * (seconds - old)
 
     def or_zero(self) -> float:
         """The mean, or 0 while nothing is known."""
-        return 0.0 if math.isnan(self.value) else self.value
+        return self._value or 0.0

@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from topfive_server.batcher import Answer, Batcher, Job, Priority
@@ -122,6 +123,7 @@ class ServedModel:
             engine_timeout_s=self._config.engine_timeout_s,
         )
         try:
+            self.batcher.times.calibrate(await self._time_batches())
             await self._send_golden()
         except BaseException:
             await self._release()
@@ -147,7 +149,7 @@ class ServedModel:
             else:
                 self.observer.dropped("decode" if outcome is None else "engine", job.unwanted_because)
 
-        self._pool.decode(data, self.info.spec.preprocessing, self._input_side, job, decoded)
+        self._pool.decode(data, self.info.spec.preprocessing, self.input_side, job, decoded)
         return job
 
     async def ready(self) -> bool:
@@ -198,6 +200,25 @@ class ServedModel:
             raise EngineError(
                 f"the golden image's probabilities have moved by {difference:.3g}; at most {GOLDEN_TOLERANCE} is rounding"
             )
+
+    async def _time_batches(self) -> list[tuple[int, float]]:
+        """Seconds of a lone image and of a full batch, the better of two runs each."""
+        image = np.zeros((self.input_side, self.input_side, 3), np.uint8)
+        return [
+            (size, min([await self._time_batch([image] * size) for _ in range(2)]))
+            for size in sorted({1, self.info.max_batch})
+        ]
+
+    async def _time_batch(self, images: list[NDArray[np.uint8]]) -> float:
+        started, limit_s = monotonic(), self._config.engine_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._engine.predict(images)
+        except TimeoutError:
+            raise EngineError(
+                f"a batch of {len(images)} did not come back within {limit_s:g} s (engine_timeout_s)"
+            ) from None
+        return monotonic() - started
 
     def _engine_died(self, reason: str) -> None:
         self.health.ready, self.health.reason = False, reason

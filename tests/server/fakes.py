@@ -27,7 +27,7 @@ def make_info(name: str = "fake", version: str = "1", max_batch: int = 8) -> Eng
         version=version,
         spec=spec,
         provider="fake",
-        device="nowhere",
+        device="cpu",
         max_batch=max_batch,
         buckets=(),
     )

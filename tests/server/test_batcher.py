@@ -1,6 +1,7 @@
 """The batcher alone, on an event loop, with a fake engine."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
@@ -82,7 +83,7 @@ def test_a_lone_image_leaves_at_once() -> None:
 
 def test_an_idle_engine_waits_for_images_being_decoded() -> None:
     async def test() -> None:
-        bench = Bench(FakeEngine(), max_delay_s=1000)
+        bench = Bench(FakeEngine(make_info()), max_delay_s=1000)
         for _ in range(3):
             bench.batcher.expect()
         bench.send(1, expected=True)
@@ -96,9 +97,57 @@ def test_an_idle_engine_waits_for_images_being_decoded() -> None:
     on_loop(test)
 
 
+def test_those_just_answered_may_join_the_next_batch() -> None:
+    async def test() -> None:
+        info = make_info(max_batch=4)
+        bench = Bench(FakeEngine(info), max_delay_s=1000)
+        bench.batcher.times.calibrate([(1, 1.0), (4, 1.0)])
+        bench.engine.gate.clear()
+        first = bench.send(1)
+        await settle()
+        second = bench.send(2)
+        bench.engine.gate.set()
+        await first.answer
+        bench.batcher.expect()  # the first client is back at once, with an image still to be decoded
+        await settle()
+        assert bench.engine.batches == [[1]]
+        third = bench.send(3, expected=True)
+        await asyncio.gather(second.answer, third.answer)
+        assert bench.engine.batches == [[1], [2, 3]]
+
+    on_loop(test)
+
+
+def test_an_engine_that_has_just_finished_lingers_only_for_a_moment() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(), max_delay_s=1000)
+        bench.batcher.times.calibrate([(1, 1000.0), (8, 1000.0)])
+        bench.engine.gate.clear()
+        first = bench.send(1)
+        await settle()
+        second = bench.send(2)
+        bench.engine.gate.set()
+        await asyncio.gather(first.answer, second.answer)
+        assert bench.engine.batches == [[1], [2]]
+
+    on_loop(test)
+
+
+def test_a_device_of_its_own_is_not_kept_waiting_for_longer_than_that_saves() -> None:
+    async def test() -> None:
+        info = dataclasses.replace(make_info(), device="cuda:0")
+        bench = Bench(FakeEngine(info), max_delay_s=1000)
+        bench.batcher.times.calibrate([(1, 0.02), (8, 0.02)])
+        bench.batcher.expect()
+        answer = await bench.send(1).answer
+        assert 0.015 <= answer.batch_s < 10
+
+    on_loop(test)
+
+
 def test_the_window_counts_from_the_first_image() -> None:
     async def test() -> None:
-        bench = Bench(FakeEngine(), max_delay_s=0.05)
+        bench = Bench(FakeEngine(make_info()), max_delay_s=0.05)
         bench.batcher.expect()  # and it never comes
         first = bench.send(1)
         await asyncio.sleep(0.03)
@@ -275,8 +324,10 @@ def test_the_estimate_follows_the_measured_batch_time() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine())
         assert bench.batcher.seconds_until_answered() == 0
-        for size in (1, 2, 4, 8) * 10:
+        bench.batcher.times.calibrate([(1, 0.0075), (8, 0.025)])  # half of what it takes later
+        for size in (1, 2, 4, 8) * 20:
             bench.batcher.times.observe(size, 0.010 + 0.005 * size)
+        np.testing.assert_allclose(bench.batcher.times.fixed, 0.010, rtol=0.01)
         np.testing.assert_allclose(bench.batcher.times.predict(6), 0.040, rtol=0.01)
         np.testing.assert_allclose(bench.batcher.seconds_until_answered(17), 2 * 0.050 + 0.015, rtol=0.01)
         bench.engine.gate.clear()
