@@ -9,14 +9,18 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.server.onnx_models import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,8 +88,6 @@ def test_everything_copied_exists_and_reaches_the_build_context() -> None:
 
 
 def test_everything_that_the_build_backend_packs_is_copied() -> None:
-    import tomllib
-
     hatch = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
     copied = [source for group, _ in copies() for source in group]
     for package in hatch["build"]["targets"]["wheel"]["packages"]:
@@ -147,11 +149,16 @@ def test_healthcheck_follows_readyz(
 
 
 def test_healthcheck_fails_when_nobody_listens(answering: int) -> None:
-    import socket
-
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         assert healthcheck(closed.getsockname()[1]) != 0
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -180,31 +187,49 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def variables(image: Path) -> dict[str, str]:
+    """The environment that the image's processes see."""
+    return environment() | {"PATH": f"{image}/opt/topfive/bin:/usr/bin:/bin"}
+
+
 def run(image: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    """Run a program of the image with the image's environment variables."""
-    variables = environment() | {"PATH": f"{image}/opt/topfive/bin:/usr/bin:/bin"}
+    """Run a program of the image to its end."""
+    program = image / "opt/topfive/bin" / words[0]
     return subprocess.run(
-        [image / "opt/topfive/bin" / words[0], *words[1:]],
-        env=variables,
-        text=True,
-        capture_output=True,
-        check=False,
+        [program, *words[1:]], env=variables(image), text=True, capture_output=True, check=False
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_image_serves_without_torch(image: Path) -> None:
+def test_image_holds_the_server_and_no_torch(image: Path) -> None:
     installed = json.loads(run(image, "pip", "list", "--format", "json").stdout)
     names = {package["name"].lower() for package in installed}
     assert {"topfive", "fastapi", "onnxruntime-gpu"} <= names
     assert not names & {"torch", "onnx", "matplotlib", "pytest"}
-    (program,) = json.loads(only("ENTRYPOINT"))
-    (command, *_) = json.loads(only("CMD"))
-    assert run(image, program, "--help").returncode == 0
-    help_text = run(image, program, command, "--help")
-    assert help_text.returncode == 0, help_text.stderr
-    train = run(image, program, "train", "somewhere", "--out", "elsewhere")
+    assert run(image, "topfive", "--help").returncode == 0
+    train = run(image, "topfive", "train", "somewhere", "--out", "elsewhere")
     assert train.returncode == 1
     assert "pip install 'topfive[training]'" in train.stderr
     assert "Traceback" not in train.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_image_as_started_serves_models_and_is_healthy(image: Path, free_port: int) -> None:
+    write_model(image / "models")
+    words = [*json.loads(only("ENTRYPOINT")), *json.loads(only("CMD"))]
+    words = [str(image / word.lstrip("/")) if word.startswith("/") else word for word in words]
+    # Loopback is all that a test may open.
+    ports = {"TOPFIVE_SERVE_HOST": "127.0.0.1", "TOPFIVE_SERVE_PORT": str(free_port)}
+    process = subprocess.Popen(
+        [image / "opt/topfive/bin" / words[0], *words[1:]], env=variables(image) | ports
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while healthcheck(free_port) != 0:
+            assert process.poll() is None, "the server has ended"
+            assert time.monotonic() < deadline, "the health check never passed"
+    finally:
+        process.terminate()
+        assert process.wait(timeout=60) == 0
