@@ -151,6 +151,9 @@ def _find(repository: Repository, model: str | None, version: str | None, device
     families = sorted({served_name(candidate) for candidate in hot})
     if len(families) > 1:
         raise UnknownModelError(f"{repository.root} holds several models; name one of {', '.join(families)}")
-    choice = choose(hot, device)[-1]
+    choices, refused = choose(hot, device)
+    if not choices:
+        raise UnknownModelError(refused[-1].reason)
+    choice = choices[-1]
     log.info("%s version %s: %s", choice.version.name, choice.version.version, choice.reason)
     return choice.version

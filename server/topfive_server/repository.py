@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from topfive.model_spec import ModelSpec, ModelSpecError
-
-from topfive_server.onnx_header import FLOAT, INT64, UINT8, OnnxHeader, OnnxHeaderError, TensorInfo, read_header
+from topfive_server.onnx_header import (
+    FLOAT,
+    INT64,
+    UINT8,
+    OnnxHeader,
+    OnnxHeaderError,
+    TensorInfo,
+    read_header,
+)
 
 METADATA_KEY: Final = "topfive"
 """Key of `metadata_props` whose value is the model's description (`ModelSpec.to_json`)."""
@@ -39,6 +46,9 @@ class UnknownModelError(RepositoryError):
 
 class BrokenModelError(RepositoryError):
     """The version is there, but half-copied, corrupt, or not a model of ours; the message says which."""
+
+    name = version = ""
+    """Which version it is: folder names; set by `Repository`."""
 
 
 class GraphKind(enum.Enum):
@@ -142,8 +152,11 @@ class Repository:
             raise UnknownModelError(
                 f"model {name} has no version {shorten(version)}; it has {', '.join(known)}"
             )
-        path = self.root / name / version / MODEL_FILE
-        return _read_version(name, version, path)
+        try:
+            return _read_version(name, version, self.root / name / version / MODEL_FILE)
+        except BrokenModelError as error:
+            error.name, error.version = name, version
+            raise
 
     def read_all(self) -> tuple[list[ModelVersion], list[BrokenModelError]]:
         """Every version of every model that can be served, and why each other one cannot.

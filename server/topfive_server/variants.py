@@ -9,7 +9,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from topfive_server.devices import Device
 from topfive_server.repository import GraphKind, ModelVersion, RepositoryError
@@ -37,25 +37,45 @@ class Choice:
     """Why this graph: for the log and `/v1/models`."""
 
 
-def choose(versions: Iterable[ModelVersion], device: Device, wanted: Wanted = "auto") -> list[Choice]:
-    """For every family and version number the graph to serve, sorted by name, then oldest version first.
+class Refused(NamedTuple):
+    """A version that cannot be served, and why."""
 
-    `wanted` names a precision instead, or `all`: every graph under its own folder's name.
+    name: str
+    version: str
+    reason: str
 
-    Raises:
-        RepositoryError: there is nothing to serve, or nothing of the wanted precision.
+
+class Chosen(NamedTuple):
+    """What `choose` found, sorted by name, then oldest version first."""
+
+    choices: list[Choice]
+    refused: list[Refused]
+
+
+def choose(versions: Iterable[ModelVersion], device: Device, wanted: Wanted = "auto") -> Chosen:
+    """For every family and version number the graph to serve, or why there is none.
+
+    `wanted` names a precision instead, or `all`: every graph under its own folder's name. Graphs that take images of
+    any size are passed over: they are for use without topfive.
     """
     servable = [version for version in versions if version.kind is not GraphKind.WHOLE]
+    choices: list[Choice] = []
+    refused: list[Refused] = []
     if wanted == "all":
         choices = [Choice(version=v, graph=v.name, reason="all graphs are served") for v in servable]
     else:
         families: dict[tuple[str, str], list[ModelVersion]] = defaultdict(list)
         for version in servable:
             families[served_name(version), version.version].append(version)
-        choices = [_choose_one(name, group, device, wanted) for (name, _), group in families.items()]
-    if not choices:
-        raise RepositoryError("there is no graph to serve; `topfive export` makes one")
-    return sorted(choices, key=lambda choice: (choice.version.name, int(choice.version.version)))
+        for (name, number), group in families.items():
+            try:
+                choices.append(_choose_one(name, group, device, wanted))
+            except RepositoryError as error:
+                refused.append(Refused(name, number, str(error)))
+    return Chosen(
+        sorted(choices, key=lambda choice: (choice.version.name, int(choice.version.version))),
+        sorted(refused, key=lambda row: (row.name, int(row.version))),
+    )
 
 
 def served_name(version: ModelVersion) -> str:

@@ -69,7 +69,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         images = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(count, 12, 12, 3)
         scores = expected_scores(images, 7).astype(np.float32)[: count - self.short_answer]
         classes = np.argsort(-scores, axis=1)[:, :5].astype(np.int64)
-        arrays = {
+        arrays: dict[str, np.ndarray[Any, Any]] = {
             "probabilities": np.take_along_axis(scores, classes, 1),
             "classes": classes,
             "scores": scores,
