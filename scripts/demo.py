@@ -229,7 +229,7 @@ def server_ended(process: subprocess.Popen[bytes]) -> DemoError:
 
 def ask(address: str) -> None:
     """Send one held-out picture with curl, and print what came back."""
-    words = ["--data-binary", f"@{SAMPLE}", f"http://{address}/v1/classify"]
+    words = ["-T", str(SAMPLE), f"http://{address}/v1/classify"]
     say("Asking for the five labels of a picture that it has never seen")
     print(f"$ curl {shlex.join(words)}", flush=True)
     answer = subprocess.run(
