@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from time import monotonic
 from typing import Annotated, Any, Final
 
@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
 from topfive._version import __version__
-from topfive_server import pages
+from topfive_server import admin, pages
 from topfive_server.access import KeyRing
 from topfive_server.admission import Admission
 from topfive_server.classify import ClassifyEndpoint
@@ -37,6 +37,7 @@ from topfive_server.models import Models
 from topfive_server.oip import PREFIX, OpenInference
 from topfive_server.openapi import add_classify
 from topfive_server.receive import Receive
+from topfive_server.reload import Reloader
 
 log = logging.getLogger(__name__)
 requests_log = logging.getLogger(REQUESTS)
@@ -48,14 +49,22 @@ OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/openapi.json", *pages.PA
 class Application:
     """One server's state and its ASGI entry."""
 
-    def __init__(self, config: ServerConfig, *, models: Models, pool: DecodePool, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        models: Models,
+        pool: DecodePool,
+        metrics: Metrics,
+        reloader: Reloader | None = None,
+    ) -> None:
+        """`reloader` opens the admin routes."""
         self.config = config
         self.models = models
         self.metrics = metrics
         self.admission = Admission(max_images=config.max_queue_images, max_bytes=config.max_queue_bytes)
         self.draining = False
-        self.reload: Callable[[], Any] | None = None
-        """Looks at the models folder now; set where the admin routes are open."""
+        self.reloader = reloader
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
         self._oip = OpenInference(
@@ -185,6 +194,8 @@ def make_fastapi(application: Application) -> FastAPI:
     models = application.models
     add_classify(api)
     pages.add(api)
+    if application.reloader is not None:
+        admin.add(api, application.reloader)
 
     @api.get("/v1/models", tags=["models"], summary="The models in service")
     async def list_models() -> JSONResponse:

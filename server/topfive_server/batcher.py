@@ -173,6 +173,7 @@ class Batcher:
     ) -> None:
         """Start the loop; `on_dead` is called once, with the reason, when the engine has to be rebuilt."""
         self.max_batch = engine.info.max_batch
+        self._parallel = engine.info.parallel
         self.times = BatchTimes()
         self.expected = 0
         """Images arriving or being decoded, which will be submitted (or withdrawn) soon."""
@@ -231,7 +232,8 @@ class Batcher:
         running = sum(
             max(self.times.predict(size) - (now - since), 0) for since, size in self._computing.values()
         )
-        return running + self.times.predict_queue(self.depth + self.expected + images, self.max_batch)
+        waiting = self.times.predict_queue(self.depth + self.expected + images, self.max_batch)
+        return (running + waiting) / self._parallel
 
     async def close(self) -> None:
         """Answer everything that was expected or submitted, then end; the engine stays open."""
@@ -247,7 +249,7 @@ class Batcher:
             # Something waits, and the engine is idle, or has one batch and a full one follows.
             await self._until(self._may_start)
             free_at = monotonic()
-            if not self._computing:
+            if len(self._computing) < self._parallel:
                 await self._until(self._joined, deadline=self._free_since + self._linger_s())
                 begin = max(self._queue.oldest(), self._free_since)
                 await self._until(self._complete, deadline=begin + self._window_s())
@@ -261,7 +263,9 @@ class Batcher:
 
     def _may_start(self) -> bool:
         waiting, computing = len(self._queue), len(self._computing)
-        return (waiting > 0 and computing == 0) or (waiting >= self.max_batch and computing == 1)
+        return (waiting > 0 and computing < self._parallel) or (
+            waiting >= self.max_batch and computing == self._parallel
+        )
 
     def _complete(self) -> bool:
         """Nobody else is about to join the batch, or there is no room."""

@@ -14,12 +14,14 @@ from topfive_server import logs
 from topfive_server.app import Application
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
-from topfive_server.devices import DeviceError, resolve
+from topfive_server.devices import Device, DeviceError, resolve
 from topfive_server.lifecycle import Server, listen
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
-from topfive_server.serving import Loader, StartError, onnx_engines
+from topfive_server.reload import Reloader, ReloadPolicy
+from topfive_server.serving import EngineMaker, Loader, StartError, onnx_engines
 from topfive_server.session import RuntimeOptions
+from topfive_server.variants import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -64,24 +66,39 @@ async def run(
         StartError: the models, the device, the keys or the certificate cannot be used.
     """
     try:
-        device = resolve(config.device)
-    except DeviceError as error:
+        device, engines, variant = computing(config, runtime)
+    except (DeviceError, ValueError) as error:
         raise StartError(str(error)) from error
     log.info("device", extra={"device": str(device), "reason": device.reason})
     pool = DecodePool(threads=config.resolved_decode_threads, max_pixels=config.max_pixels)
     models, metrics = Models(config.model), Metrics()
     loader = Loader(
         models_folder,
-        engines=onnx_engines(device, runtime),
+        engines=engines,
+        device=device,
+        variant=variant,
         config=config,
         models=models,
         pool=pool,
         metrics=metrics,
     )
+    reloader = Reloader(
+        find=loader.find,
+        load=loader.load,
+        models=models,
+        policy=ReloadPolicy(keep=config.versions, canary_share=config.canary_percent / 100),
+        count=lambda result: metrics.reloads.labels(result).inc(),
+    )
+    watch: asyncio.Task[None] | None = None
     try:
-        application = Application(config, models=models, pool=pool, metrics=metrics)
+        application = Application(
+            config, models=models, pool=pool, metrics=metrics, reloader=reloader if config.admin else None
+        )
         server = Server(application, config)
-        await loader.start()
+        for version in await loader.start():
+            reloader.adopt(version)
+        if config.watch:
+            watch = asyncio.create_task(reloader.watch(config.watch_interval_s))
         host, port = listener.getsockname()[:2]
         scheme = "https" if config.tls_certificate else "http"
         shown = f"[{host}]" if ":" in host else host
@@ -90,10 +107,31 @@ async def run(
         log.info("stopped")
         return EXIT_LOST if server.lost_requests else 0
     finally:
+        if watch is not None:
+            watch.cancel()
         for model in list(models):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(model.close(), 5)
         pool.close()
+
+
+def computing(config: ServerConfig, runtime: RuntimeOptions) -> tuple[Device, EngineMaker, Wanted]:
+    """What computes: this process's device, or a fleet of Triton servers.
+
+    Raises:
+        DeviceError: the device cannot be used.
+        ValueError: an endpoint is not host:port.
+    """
+    if not runtime.triton:
+        device = resolve(config.device)
+        return device, onnx_engines(device, runtime), runtime.variant
+    from topfive_server.triton_engine import TritonOptions, triton_engines  # noqa: PLC0415  an extra of its own
+
+    fleet = ", ".join(runtime.triton)
+    # What the fleet's devices are is not known here, so the one graph that runs everywhere is the default.
+    variant = "fp32" if runtime.variant == "auto" else runtime.variant
+    device = Device(kind="cpu", reason=f"Triton servers compute: {fleet}")
+    return device, triton_engines(TritonOptions(endpoints=runtime.triton)), variant
 
 
 def _event_loop() -> type[asyncio.AbstractEventLoop]:

@@ -30,6 +30,8 @@ class ServerConfig:
     """Watch the models folder and take new versions into service while running."""
     watch_interval_s: float = 2.0
     """Seconds between two looks at the models folder."""
+    canary_percent: float = 0.0
+    """Share of the requests that a new version gets while it is on trial; 0: a new version takes over at once."""
 
     max_delay_ms: float = 50.0
     """Milliseconds, counted from a batch's first image, that an idle engine waits for images arriving or being decoded."""
@@ -86,6 +88,7 @@ class ServerConfig:
         self._within("port", 0, 65535)
         self._within("versions", 1, 1000)
         self._within("decode_threads", 0, 4096)
+        self._within("canary_percent", 0, 99)
         self._within("max_delay_ms", 0, 10_000)
         for field in ("max_queue_images", "max_images"):
             self._within(field, 1, 1_000_000)

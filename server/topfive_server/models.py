@@ -1,10 +1,14 @@
 """Which model versions are in service; looked up by the names that clients send, never on disk."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from topfive_server.errors import NotReadyError, UnknownModelError
 from topfive_server.repository import shorten
 from topfive_server.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from topfive_server.canary import Canary
 
 
 class Models:
@@ -14,6 +18,8 @@ class Models:
         """`default` names the model that answers when a request names none; empty: the first by name."""
         self._default = default
         self._versions: dict[str, dict[str, ServedModel]] = {}
+        self.canaries: dict[str, Canary] = {}
+        """By model: which share of the requests that name no version goes to a version on trial."""
 
     def add(self, model: ServedModel) -> ServedModel | None:
         """Take a started version into service; returns the one of the same name and version that it replaces."""
@@ -30,6 +36,14 @@ class Models:
             self._versions.pop(name, None)
         return model
 
+    def names(self) -> list[str]:
+        """Models in service, sorted."""
+        return sorted(self._versions)
+
+    def versions(self, name: str) -> dict[str, ServedModel]:
+        """The model's versions in service; empty when there is no such model."""
+        return dict(self._versions.get(name, {}))
+
     def __iter__(self) -> Iterator[ServedModel]:
         """Every version, by name and then oldest first."""
         for name in sorted(self._versions):
@@ -42,10 +56,12 @@ class Models:
     def is_default(self, model: ServedModel) -> bool:
         """Whether it answers requests that name neither model nor version."""
         name = self.default_name()
-        return model.info.name == name and self._sorted(name)[-1] == model.info.version
+        canary = self.canaries.get(name)
+        default = self._sorted(name)[-1] if canary is None else canary.stable
+        return model.info.name == name and default == model.info.version
 
     def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
-        """The version that answers: by default the newest of the default model.
+        """The version that answers: by default the newest of the default model, or its canary.
 
         Raises:
             UnknownModelError: no such model or version is in service.
@@ -59,6 +75,8 @@ class Models:
             raise UnknownModelError(
                 f"there is no model {shorten(wanted)}; in service: {', '.join(sorted(self._versions))}"
             )
+        if version is None and (canary := self.canaries.get(wanted)) is not None:
+            return versions[canary.pick()]
         if version is None:
             return versions[self._sorted(wanted)[-1]] if len(versions) > 1 else next(iter(versions.values()))
         if version not in versions:

@@ -15,9 +15,11 @@ from topfive_server.errors import RequestError
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.onnx_engine import OnnxEngine
-from topfive_server.repository import GraphKind, ModelVersion, Repository, RepositoryError
+from topfive_server.reload import Found, find
+from topfive_server.repository import ModelVersion, Repository, RepositoryError
 from topfive_server.served_model import EngineFactory, ServedModel
 from topfive_server.session import RuntimeOptions
+from topfive_server.variants import Choice, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Loader:
         root: Path,
         *,
         engines: EngineMaker,
+        device: Device,
+        variant: Wanted,
         config: ServerConfig,
         models: Models,
         pool: DecodePool,
@@ -55,47 +59,63 @@ class Loader:
     ) -> None:
         self._repository = Repository(root)
         self._engines = engines
+        self._device = device
+        self._variant = variant
         self._config = config
         self._models = models
         self._pool = pool
         self._metrics = metrics
 
-    async def start(self) -> None:
-        """Load, warm up and prove the newest versions of every model.
+    async def start(self) -> list[ModelVersion]:
+        """Load, warm up and prove the newest versions of every model; returns them.
 
         Raises:
             StartError: nothing can be served, or the newest version of a model is broken.
         """
         try:
             wanted = await asyncio.to_thread(self.wanted)
-            for version in wanted:
-                await self.load(version)
+            for choice in wanted:
+                await self.load(choice.version)
+                log.info(
+                    "chosen",
+                    extra={"model": choice.version.name, "graph": choice.graph, "reason": choice.reason},
+                )
         except (RepositoryError, DeviceError, EngineError, RequestError) as error:
             raise StartError(str(error)) from error
         name = self._models.default_name()
         if all(model.info.name != name for model in self._models):
             served = ", ".join(sorted({model.info.name for model in self._models}))
             raise StartError(f"there is no model {name!r} in {self._repository.root}; it holds {served}")
+        return [choice.version for choice in wanted]
 
-    def wanted(self) -> list[ModelVersion]:
+    def find(self) -> Found:
+        """What the folder offers now.
+
+        Raises:
+            RepositoryError: no such folder, or no model.
+        """
+        return find(self._repository, self._device, self._variant)
+
+    def wanted(self) -> list[Choice]:
         """The versions that ought to be in service: the newest of each model that takes decoded squares.
 
         Raises:
             RepositoryError: no such folder, no model, none of a servable kind, or a broken newest version.
         """
-        repository = self._repository
-        names = repository.names()
-        newest = [
-            repository.read(name, version)
-            for name in names
-            for version in repository.versions(name)[-self._config.versions :]
-        ]
-        servable = [version for version in newest if version.kind is not GraphKind.WHOLE]
-        if not servable:
+        choices, refused = self.find()
+        wanted: list[Choice] = []
+        for name in sorted({choice.version.name for choice in choices}):
+            wanted += [choice for choice in choices if choice.version.name == name][-self._config.versions :]
+        newest = {choice.version.name: int(choice.version.version) for choice in wanted}
+        for row in refused:
+            # An older version that is broken is nobody's business; a newest one is not quietly replaced by an older.
+            if int(row.version) > newest.get(row.name, 0):
+                raise RepositoryError(row.reason)
+        if not wanted:
             raise RepositoryError(
-                f"{repository.root} holds no model to serve (<name>/<version>/model.onnx); `topfive export` makes one"
+                f"{self._repository.root} holds no model to serve (<name>/<version>/model.onnx); `topfive export` makes one"
             )
-        return servable
+        return wanted
 
     async def load(self, version: ModelVersion) -> None:
         """Bring one version into service beside those that are; on failure nothing has changed.

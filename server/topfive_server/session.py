@@ -16,6 +16,7 @@ import onnxruntime
 from topfive_server.devices import CPU_PROVIDER, Device, DeviceError, cores
 from topfive_server.engine import EngineDead, EngineError, EngineOutOfMemory
 from topfive_server.repository import ModelVersion
+from topfive_server.variants import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,12 @@ _DEVICE_LOST: Final = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions:
-    """How ONNX Runtime runs a model; the defaults are the measured best."""
+    """What computes, and how; the defaults are the measured best."""
+
+    variant: Wanted = "auto"
+    """Precision to serve: `auto` takes each model's fastest that passed its limits on this device; `all` serves every one."""
+    triton: tuple[str, ...] = ()
+    """Triton servers (`host:port` of their gRPC service) that compute instead of this process; needs the `triton` extra."""
 
     threads: int = 0
     """CPU threads that share one batch; 0 takes the physical cores this process may use."""
