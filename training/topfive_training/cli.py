@@ -37,7 +37,7 @@ class RunExistsError(TopfiveError):
 
 
 def train(
-    data: Path,
+    data: str,
     *,
     out: Path,
     recipe: str = "2012",
@@ -45,6 +45,7 @@ def train(
     processes: int | None = None,
     parallel: Mode = "data",
     validation_fraction: float = 0.2,
+    split_seed: int = 0,
     workers: int | None = None,
     cache: Path | None = None,
     cache_gib: float = 16.0,
@@ -57,7 +58,8 @@ def train(
     number. Under `torchrun` the processes are torchrun's.
 
     Args:
-        data: a folder with one subfolder of images for each class, or with `train/` and `val/` that hold such.
+        data: a folder with one subfolder of images for each class, or with `train/` and `val/` that hold such; or
+            shards that `topfive prepare` has written, in a folder or at an fsspec URL.
         out: folder of the run; gets the checkpoint (model.safetensors, model.json), best/, resume/ and logs.
         recipe: `2012` (what the original code did) or `modern`.
         resume: go on with the run in OUT, exactly where it stopped.
@@ -65,6 +67,7 @@ def train(
         parallel: how they share the network: `data` (each takes some of the images), `hybrid` (besides, they divide the
             fully-connected layers: Krizhevsky 2014), or `towers` (two processes, one tower each: the paper's way).
         validation_fraction: share of each class that is set aside where DATA has no val folder.
+        split_seed: fixes which images are set aside; runs that are to be compared need the same.
         workers: threads of each process that decode; by default all cores, shared.
         cache: folder for decoded images, kept for other runs; by default within OUT, removed at the end.
         cache_gib: images that would take more than this are decoded again in every epoch.
@@ -84,6 +87,7 @@ def train(
         out=out,
         resume=resume or restarted,
         validation_fraction=validation_fraction,
+        split_seed=split_seed,
         workers=workers or max(1, len(os.sched_getaffinity(0)) // count),
         parallel=parallel,
         cache_folder=cache,

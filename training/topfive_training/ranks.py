@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from types import FrameType
@@ -86,6 +86,12 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the other ranks' tensors with the first's; every rank must ask."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def wait(self) -> None:
         """Until all ranks are here."""

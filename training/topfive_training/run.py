@@ -1,8 +1,11 @@
 """A training run as a whole: what `topfive train` does on each rank."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -10,13 +13,14 @@ from topfive import __version__
 from topfive.model_spec import ModelSpec, Preprocessing
 from topfive_training import resume
 from topfive_training.checkpoint import Classifier
-from topfive_training.dataset import DataError, Dataset, fingerprint, scan, write_held_out
+from topfive_training.dataset import DataError, Dataset, ImageList, fingerprint, scan, write_held_out
 from topfive_training.initialization import initialize
 from topfive_training.journal import Journal
 from topfive_training.network import AlexNet
 from topfive_training.parallel import Mode
 from topfive_training.ranks import Interruption, Ranks
 from topfive_training.recipe import Recipe
+from topfive_training.shards import is_shards, open_shards, read_manifest
 from topfive_training.squares import Opened, Statistics, open_squares
 from topfive_training.trainer import Trainer
 
@@ -28,14 +32,16 @@ _SHOWN: Final = 5
 class Options:
     """Where a run's data is and which machine does it; nothing here changes the result."""
 
-    data: Path
-    """Class folders, or `train/` and `val/` with class folders."""
+    data: str
+    """Class folders, `train/` and `val/` with class folders, or prepared shards (these at any fsspec URL too)."""
     out: Path
     """Folder of the run."""
     resume: bool = False
     """Go on with the run in `out`."""
     validation_fraction: float = 0.2
     """Share of each class that is set aside where there is no validation folder."""
+    split_seed: int = 0
+    """Fixes which images are set aside; the same for runs of different recipes and seeds, so that they compare."""
     workers: int = 1
     """Threads of each rank that decode."""
     parallel: Mode = "data"
@@ -76,7 +82,9 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
             journal.say("interrupted before the first step; nothing to save")
             return 128 + interruption.signal
         assert training.statistics is not None
-        classifier = make_classifier(recipe, dataset, training.statistics)
+        classifier = make_classifier(
+            recipe, dataset, training.statistics, fingerprint_of(options.data, dataset)
+        )
         trainer = Trainer(
             classifier=classifier,
             recipe=recipe,
@@ -92,7 +100,7 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
         )
         if options.resume and (options.out / resume.STATE_FILE).is_file():
             resume.load(options.out, trainer)
-        if ranks.first:
+        if ranks.first and not _is_shards(options.data):
             write_held_out(options.out, validation.squares.images)
         journal.open_logs(trainer.position.step)
         _announce(journal, trainer, dataset)
@@ -109,7 +117,9 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
     return 0
 
 
-def make_classifier(recipe: Recipe, dataset: Dataset, statistics: Statistics) -> Classifier:
+def make_classifier(
+    recipe: Recipe, dataset: Dataset, statistics: Statistics, data_fingerprint: str
+) -> Classifier:
     """A network with its first weights, and the preprocessing that these images ask for."""
     preprocessing = Preprocessing(
         short_side=recipe.short_side,
@@ -123,7 +133,7 @@ def make_classifier(recipe: Recipe, dataset: Dataset, statistics: Statistics) ->
         preprocessing=preprocessing,
         labels=dataset.labels,
         recipe=recipe.to_json(),
-        data_fingerprint=fingerprint(dataset.training),
+        data_fingerprint=data_fingerprint,
         code_fingerprint=f"topfive {__version__}",
     )
     network = AlexNet(spec.architecture)
@@ -143,37 +153,65 @@ class _InterruptedError(Exception):
 def _open_data(
     ranks: Ranks, recipe: Recipe, options: Options, journal: Journal, interruption: Interruption
 ) -> tuple[Dataset, Opened, Opened]:
-    dataset = scan(options.data, validation_fraction=options.validation_fraction, seed=recipe.seed)
-    for remark in dataset.remarks:
-        journal.say(f"note: {remark}")
-    preprocessing = Preprocessing(short_side=recipe.short_side, crop=recipe.crop)
 
-    def progress(done: int, total: int) -> None:
+    def watch(done: int, total: int) -> None:
         if interruption.signal:
             raise _InterruptedError
         if done % 16 == 0 or done == total:
             journal.show("decoding", done, total)
 
-    opened = []
-    limit_bytes = int(options.cache_gib * 2**30)
-    for images, side in ((dataset.training, recipe.short_side), (dataset.validation, recipe.crop)):
-        with ranks.one_by_machine():
-            found = open_squares(
-                images,
-                preprocessing,
-                side,
-                folder=_cache_folder(options),
-                limit_bytes=limit_bytes,
-                workers=len(os.sched_getaffinity(0)),
-                with_statistics=images is dataset.training,
-                progress=progress,
+    if _is_shards(options.data):
+        dataset, training, validation = open_shards(options.data, side=recipe.short_side, crop=recipe.crop)
+    else:
+        dataset = scan(
+            Path(options.data), validation_fraction=options.validation_fraction, seed=options.split_seed
+        )
+        training, validation = (
+            _decode(
+                images, recipe, options, ranks, side=side, statistics=images is dataset.training, watch=watch
             )
-        limit_bytes -= len(images) * side * side * 3 if found.squares.cached else 0
-        opened.append(found)
-    training, validation = opened
+            for images, side in ((dataset.training, recipe.short_side), (dataset.validation, recipe.crop))
+        )
+    for remark in dataset.remarks:
+        journal.say(f"note: {remark}")
     _report_unreadable(journal, training.unreadable | validation.unreadable)
     _check_enough(dataset, training, validation, ranks, recipe)
     return dataset, training, validation
+
+
+def _is_shards(data: str) -> bool:
+    return "://" in data or is_shards(Path(data))
+
+
+def fingerprint_of(data: str, dataset: Dataset) -> str:
+    """SHA-256 over the names and sizes of the training files; of shards, over their manifest."""
+    if _is_shards(data):
+        return hashlib.sha256(json.dumps(read_manifest(data), sort_keys=True).encode()).hexdigest()
+    return fingerprint(dataset.training)
+
+
+def _decode(
+    images: ImageList,
+    recipe: Recipe,
+    options: Options,
+    ranks: Ranks,
+    *,
+    side: int,
+    statistics: bool,
+    watch: Callable[[int, int], None],
+) -> Opened:
+    """The squares of `images`; the first process of each machine decodes, or caches, for all."""
+    with ranks.one_by_machine():
+        return open_squares(
+            images,
+            Preprocessing(short_side=recipe.short_side, crop=recipe.crop),
+            side,
+            folder=_cache_folder(options),
+            limit_bytes=int(options.cache_gib * 2**30),
+            workers=len(os.sched_getaffinity(0)),
+            with_statistics=statistics,
+            progress=watch,
+        )
 
 
 def _cache_folder(options: Options) -> Path:

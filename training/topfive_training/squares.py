@@ -250,6 +250,7 @@ class Totals:
         self.products_CC = np.zeros((3, 3), np.int64)
 
     def add(self, square_SSC: Pixels) -> None:
+        """Count one square, uint8 [S, S, 3]."""
         """Count one square in."""
         self.images += 1
         self.sum_SSC += square_SSC
@@ -257,6 +258,7 @@ class Totals:
         self.products_CC += (colors.T @ colors).astype(np.int64)  # whole numbers below 2^53: exact
 
     def tensors(self) -> dict[str, Tensor]:
+        """The sums, to be stored."""
         """The sums by name; those of several sets, added, are the sums of all."""
         return {
             "images": torch.tensor(self.images),
@@ -266,6 +268,11 @@ class Totals:
 
 
 def statistics_of(sums: dict[str, Tensor]) -> Statistics:
+    """The statistics that follow from `Totals.tensors`.
+
+    Raises:
+        CheckpointError: sums are missing.
+    """
     """What `Totals.tensors` come to.
 
     Raises:

@@ -99,15 +99,12 @@ class Trainer:
 
     def run(self) -> bool:
         """Go through the remaining epochs; False when a signal ended it, with everything saved."""
-        while True:
+        while self.position.validated < self.recipe.epochs:
             done = self.position.step // self.epoch_steps
-            if done > self.position.validated and self.position.step % self.epoch_steps == 0:
-                if not self.finish_epoch(done):
-                    return False
-                if done == self.recipe.epochs:
-                    return True
-            if not self.train_epoch(done):
+            go_on = self.finish_epoch(done) if done > self.position.validated else self.train_epoch(done)
+            if not go_on:
                 return False
+        return True
 
     def train_epoch(self, epoch: int) -> bool:
         """The remaining steps of `epoch`, counted from 0; False when a signal ended it."""
@@ -155,7 +152,7 @@ class Trainer:
 
     def finish_epoch(self, epochs: int) -> bool:
         """Validate and save after so many epochs; False when a signal ended it."""
-        self.parallelism.collect()
+        self._collect()
         accuracy = validate(
             self.classifier,
             self.validation,
@@ -190,12 +187,12 @@ class Trainer:
         if self.ranks.first:
             self._save_model(accuracy, epochs, best=best)
         self.save()
-        return not self.interruption_agreed()
+        return epochs == self.recipe.epochs or not self.interruption_agreed()
 
     def save(self) -> None:
         """Everything that an exact resumption needs, written by the first rank."""
         self.position.sums = self._total_sums()
-        self.parallelism.collect()
+        self._collect()
         moving = {name: self.optimizer.velocity(p) for name, p in self.parallelism.part.named_parameters()}
         velocities = self.parallelism.gather(moving, dict(self.classifier.network.named_parameters()))
         if self.ranks.first:
@@ -203,6 +200,12 @@ class Trainer:
         if self.parallelism.share[0] != 0:
             self.position.sums = self._zeros()
         self._saved_at = time.monotonic()
+
+    def _collect(self) -> None:
+        """Make the classifier's network what the ranks have trained, equal on all."""
+        self.parallelism.collect()
+        # Each rank has its own running statistics of batch norm; the first rank's are the ones that are saved.
+        self.ranks.spread(self.classifier.network.buffers())
 
     def interruption_agreed(self) -> bool:
         """Whether any rank has been asked to stop."""
