@@ -177,7 +177,10 @@ class Reloader:
                 self._refuse((refused.name, refused.version), (), refused.reason)
             for name, choices in offered.items():
                 await self._update(name, choices, signatures, settled_only=settled_only)
+            # In this order: a version whose successor was removed is back before that one goes.
             self._remove_vanished(offered)
+            for name in offered:
+                self._retire(name)
             self._seen = signatures
             there = {*signatures, *((r.name, r.version) for r in found.refused)}
             self._refused = {key: row for key, row in self._refused.items() if key in there}
@@ -234,7 +237,7 @@ class Reloader:
     async def _update(
         self, name: str, choices: list[Choice], signatures: dict[Key, Signature], *, settled_only: bool
     ) -> None:
-        """Load what is new among the newest versions, then retire what is old."""
+        """Load what is new among the newest versions."""
         for choice in choices[-self._policy.keep :]:
             key = _key(choice.version)
             files = signatures[key]
@@ -262,7 +265,6 @@ class Reloader:
                 log.info("%s version %s gets %.0f %% of the requests", *key, 100 * self._policy.canary_share)
             elif as_canary:
                 del self._models.canaries[name]
-        self._retire(name)
 
     async def _bring_in(self, choice: Choice, files: Signature) -> bool:
         key = _key(choice.version)

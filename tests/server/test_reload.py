@@ -1,0 +1,504 @@
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.server.fakes import FakeEngine, make_info
+from tests.server.harness import serving
+from tests.server.onnx_models import write_model
+
+from topfive_server.app import Application
+from topfive_server.canary import Canary
+from topfive_server.config import ServerConfig
+from topfive_server.decode_pool import DecodePool
+from topfive_server.devices import Device
+from topfive_server.engine import EngineError
+from topfive_server.metrics import Metrics
+from topfive_server.models import Models
+from topfive_server.reload import Found, Reloader, ReloadPolicy, find
+from topfive_server.repository import ModelVersion, Repository, RepositoryError
+from topfive_server.served_model import golden_image
+from topfive_server.serving import Loader, StartError, onnx_engines
+from topfive_server.session import RuntimeOptions
+
+CPU = Device(kind="cpu", reason="test")
+
+
+@dataclass
+class FakeServed:
+    """A version in service that only remembers."""
+
+    info: Any
+    health: Any = field(default_factory=lambda: SimpleNamespace(ready=True, reason=""))
+    closed: bool = False
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        self.closed = True
+
+
+class World:
+    """A folder of tiny models, a registry, and a loader that fails as told."""
+
+    def __init__(self, root: Path, **policy: Any) -> None:
+        self.root = root
+        self.models = Models()
+        self.failing: dict[str, Exception] = {}
+        self.loads: list[tuple[str, str]] = []
+        self.counts: list[str] = []
+        self.reloader = Reloader(
+            find=self.find,
+            load=self.load,
+            models=self.models,
+            policy=ReloadPolicy(**policy),
+            count=self.counts.append,
+        )
+
+    def find(self) -> Found:
+        return find(Repository(self.root), CPU, "auto")
+
+    async def load(self, version: ModelVersion) -> None:
+        self.loads.append((version.name, version.version))
+        if version.version in self.failing:
+            raise self.failing[version.version]
+        served = FakeServed(make_info(version.name, version.version))
+        self.models.add(served)  # type: ignore[arg-type]  # a stand-in
+
+    def add(self, version: str, name: str = "tiny", **kwargs: Any) -> None:
+        write_model(self.root, name, version, **kwargs)
+
+    def remove(self, version: str, name: str = "tiny") -> None:
+        shutil.rmtree(self.root / name / version)
+
+    def serving(self, name: str = "tiny") -> list[str]:
+        return sorted(self.models.versions(name), key=int)
+
+    def states(self) -> dict[str, str]:
+        return {row["version"]: row["state"] for row in self.reloader.status()}
+
+    def reason(self, version: str) -> str:
+        return str(next(row["reason"] for row in self.reloader.status() if row["version"] == version))
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await scenario()
+
+    asyncio.run(main())
+
+
+def test_a_new_version_takes_over_and_the_old_one_drains(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        await world.reloader.look()
+        old: Any = world.models.get("tiny")
+        world.add("2")
+        status = await world.reloader.look()
+        assert world.serving() == ["2"]
+        assert status == [{"model": "tiny", "version": "2", "state": "serving", "share": 1.0, "reason": ""}]
+        await world.reloader.close()
+        assert old.closed
+        assert world.counts == ["loaded", "loaded", "removed"]
+        await world.reloader.look()
+        assert world.loads == [("tiny", "1"), ("tiny", "2")]
+
+    run(scenario)
+
+
+def test_several_newest_versions_can_stay(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, keep=2)
+        for version in ("8", "9", "10"):
+            world.add(version)
+        await world.reloader.look()
+        assert world.serving() == ["9", "10"]
+        assert world.models.get("tiny").info.version == "10"
+        assert world.models.get("tiny", "9").info.version == "9"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("the golden image was not answered"), ValueError("a mistake of ours")]
+)
+def test_a_version_that_fails_is_refused_and_the_old_one_stays(tmp_path: Path, error: Exception) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        await world.reloader.look()
+        world.add("2")
+        world.failing["2"] = error
+        await world.reloader.look()
+        assert world.serving() == ["1"]
+        assert world.states() == {"1": "serving", "2": "refused"}
+        assert world.reason("2") == str(error)
+        assert world.counts[-1] == "refused"
+
+    run(scenario)
+
+
+def test_a_half_copied_version_is_refused_until_it_is_whole(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        await world.reloader.look()
+        world.add("2")
+        path = tmp_path / "tiny" / "2" / "model.onnx"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:200])
+        await world.reloader.look()
+        assert world.serving() == ["1"]
+        assert "tiny/2/model.onnx is cut off" in world.reason("2")
+        path.write_bytes(whole)
+        await world.reloader.look()
+        assert world.serving() == ["2"]
+        assert world.states() == {"2": "serving"}
+
+    run(scenario)
+
+
+def test_the_watch_waits_until_files_have_settled_and_does_not_retry_in_vain(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        await world.reloader.look()
+        world.add("2")
+        world.failing["2"] = EngineError("no")
+        await world.reloader.look(settled_only=True)
+        assert world.loads == [("tiny", "1")]
+        for _ in range(3):
+            await world.reloader.look(settled_only=True)
+        assert world.loads == [("tiny", "1"), ("tiny", "2")]
+        del world.failing["2"]
+        (tmp_path / "tiny" / "2" / "report.json").write_text("{}")
+        for _ in range(3):
+            await world.reloader.look(settled_only=True)
+        assert world.loads == [("tiny", "1"), ("tiny", "2"), ("tiny", "2")]
+        assert world.serving() == ["2"]
+
+    run(scenario)
+
+
+def test_the_watch_looks_by_itself_and_survives_a_missing_folder(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        root = tmp_path / "models"
+        world = World(root)
+        watch = asyncio.create_task(world.reloader.watch(0.01))
+        await asyncio.sleep(0.05)
+        world.add("1")
+        async with asyncio.timeout(10):
+            while world.serving() != ["1"]:  # noqa: ASYNC110  the folder is on the other side
+                await asyncio.sleep(0.01)
+        shutil.rmtree(root)
+        await asyncio.sleep(0.05)
+        assert not watch.done()
+        assert world.serving() == ["1"]
+        watch.cancel()
+
+    run(scenario)
+
+
+def test_removing_a_version_brings_the_one_before_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        world.add("2")
+        await world.reloader.look()
+        world.remove("2")
+        await world.reloader.look()
+        assert world.serving() == ["1"]
+
+    run(scenario)
+
+
+def test_the_last_version_never_goes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        world.add("1", name="other")
+        await world.reloader.look()
+        world.remove("1")
+        await world.reloader.look()
+        assert world.models.names() == ["other"]
+        world.remove("1", name="other")
+        with pytest.raises(RepositoryError, match="holds no model"):
+            await world.reloader.look()
+        assert world.models.names() == ["other"]
+
+    run(scenario)
+
+
+def test_a_version_in_service_whose_files_break_stays(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        world.add("2")
+        await world.reloader.look()
+        (tmp_path / "tiny" / "2" / "model.onnx").write_bytes(b"")
+        await world.reloader.look()
+        assert "2" in world.serving()
+
+    run(scenario)
+
+
+def test_changed_files_of_a_version_in_service_are_loaded_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.add("1")
+        await world.reloader.look()
+        world.remove("1")
+        world.add("1", seed=3)
+        await world.reloader.look()
+        assert world.loads == [("tiny", "1"), ("tiny", "1")]
+
+    run(scenario)
+
+
+def test_a_canary_gets_its_share_and_then_takes_over(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, canary_share=0.25)
+        world.add("1")
+        await world.reloader.look()
+        assert world.models.canaries == {}
+        world.add("2")
+        await world.reloader.look()
+        picked = [world.models.get("tiny").info.version for _ in range(400)]
+        assert 98 <= picked.count("2") <= 102
+        assert max(len(run) for run in "".join(picked).split("2")) <= 5  # spread, not in bursts
+        assert world.models.get("tiny", "1").info.version == "1"
+        assert world.states() == {"1": "serving", "2": "canary"}
+        assert not world.models.is_default(world.models.get("tiny", "2"))
+        await world.reloader.set_canary("tiny", 0.5)
+        picked = [world.models.get("tiny").info.version for _ in range(400)]
+        assert 198 <= picked.count("2") <= 202
+        await world.reloader.set_canary("tiny", 1)
+        assert world.serving() == ["2"]
+        assert world.models.get("tiny").info.version == "2"
+
+    run(scenario)
+
+
+def test_a_canary_that_dies_is_rolled_back_and_its_reason_kept(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, canary_share=0.25)
+        world.add("1")
+        await world.reloader.look()
+        world.add("2")
+        await world.reloader.look()
+        canary: Any = world.models.get("tiny", "2")
+        canary.health.ready, canary.health.reason = False, "the engine is gone"
+        for _ in range(3):
+            await world.reloader.look(settled_only=True)
+        assert world.serving() == ["1"]
+        assert world.reason("2") == "the canary failed: the engine is gone"
+        assert world.loads == [("tiny", "1"), ("tiny", "2")]
+        assert world.counts[-2:] == ["removed", "rolled-back"]
+        assert world.models.get("tiny").info.version == "1"
+
+    run(scenario)
+
+
+def test_a_canary_can_be_taken_back_and_a_failed_one_leaves_no_trace(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, canary_share=0.25)
+        world.add("1")
+        await world.reloader.look()
+        world.add("2")
+        world.failing["2"] = EngineError("no")
+        await world.reloader.look()
+        assert world.models.canaries == {}
+        del world.failing["2"]
+        await world.reloader.look()
+        with pytest.raises(ValueError, match=r"share is 1.5; it must be between 0 and 1"):
+            await world.reloader.set_canary("tiny", 1.5)
+        await world.reloader.set_canary("tiny", 0)
+        assert world.serving() == ["1"]
+        assert world.reason("2") == "taken back by an operator"
+        with pytest.raises(ValueError, match="no canary"):
+            await world.reloader.set_canary("tiny", 0)
+
+    run(scenario)
+
+
+def test_one_trial_at_a_time(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, canary_share=0.25)
+        for version in ("1", "2", "3"):
+            world.add(version)
+            await world.reloader.look()
+        assert world.serving() == ["1", "2"]
+        await world.reloader.set_canary("tiny", 1)
+        await world.reloader.look()
+        assert world.states() == {"2": "serving", "3": "canary"}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.33, 0.5, 0.9, 0.99, 1.0])
+def test_a_canarys_share_holds_at_every_length(share: float) -> None:
+    canary = Canary(version="2", stable="1", share=share)
+    hits = 0
+    for requests in range(1, 2001):
+        hits += canary.pick() == "2"
+        assert abs(hits - share * requests) <= 3
+
+
+def test_policies_refuse_nonsense() -> None:
+    with pytest.raises(ValueError, match="keep is 0"):
+        ReloadPolicy(keep=0)
+    with pytest.raises(ValueError, match=r"canary_share is 1.0; it must be at least 0 and below 1"):
+        ReloadPolicy(canary_share=1.0)
+    with pytest.raises(ValueError, match="share is 2"):
+        Canary(version="2", stable="1", share=2)
+
+
+# ---------------------------------------------------------------------- with real engines
+
+
+@asynccontextmanager
+async def real(root: Path, **settings: Any) -> AsyncIterator[tuple[Loader, Reloader, Models]]:
+    config = ServerConfig(**settings)
+    pool = DecodePool(threads=1, max_pixels=config.max_pixels)
+    models, metrics = Models(), Metrics()
+    loader = Loader(
+        root,
+        engines=onnx_engines(CPU, RuntimeOptions(threads=1)),
+        device=CPU,
+        variant="auto",
+        config=config,
+        models=models,
+        pool=pool,
+        metrics=metrics,
+    )
+    policy = ReloadPolicy(keep=config.versions)
+    try:
+        yield loader, Reloader(find=loader.find, load=loader.load, models=models, policy=policy), models
+    finally:
+        for model in list(models):
+            await model.close()
+        pool.close()
+
+
+def test_real_versions_are_swapped_without_losing_an_image(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        write_model(tmp_path, "tiny", "1")
+        async with real(tmp_path) as (loader, reloader, models):
+            for version in await loader.start():
+                reloader.adopt(version)
+            answered: list[str] = []
+            stop = False
+
+            async def client() -> None:
+                while not stop:
+                    model = models.get("tiny")
+                    job = model.classify(golden_image(), deadline=float("inf"), priority="interactive")
+                    await job.answer
+                    answered.append(model.info.version)
+
+            clients = [asyncio.create_task(client()) for _ in range(4)]
+            for number in ("2", "3"):
+                write_model(tmp_path, "tiny", number, seed=int(number))
+                await reloader.look()
+                await asyncio.sleep(0.1)
+            stop = True
+            await asyncio.gather(*clients)  # raises if one image was lost
+            await reloader.close()
+            assert set(answered) == {"1", "2", "3"}
+            assert [model.info.version for model in models] == ["3"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ({"weight_scale": float("nan")}, "not numbers"),
+        ({"drop_output": "scores"}, "it must give probabilities"),
+        ({"side": 13}, "it must take `image`"),
+        ({"metadata": None}, "no 'topfive' metadata"),
+    ],
+)
+def test_a_bad_model_is_refused_while_the_good_one_serves(
+    tmp_path: Path, damage: dict[str, Any], reason: str
+) -> None:
+    async def scenario() -> None:
+        write_model(tmp_path, "tiny", "1")
+        async with real(tmp_path) as (loader, reloader, models):
+            await loader.start()
+            write_model(tmp_path, "tiny", "2", **damage)
+            status = {row["version"]: row for row in await reloader.look()}
+            assert status["2"]["state"] == "refused"
+            assert reason in status["2"]["reason"]
+            assert await models.get("tiny").ready()
+
+    run(scenario)
+
+
+def test_a_broken_newest_version_stops_the_start_and_an_older_one_does_not(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        write_model(tmp_path, "tiny", "1").write_bytes(b"")
+        write_model(tmp_path, "tiny", "2")
+        async with real(tmp_path) as (loader, _, models):
+            await loader.start()
+            assert models.get("tiny").info.version == "2"
+        write_model(tmp_path, "tiny", "3").write_bytes(b"")
+        async with real(tmp_path) as (loader, _, models):
+            with pytest.raises(StartError, match=r"tiny/3/model.onnx is empty"):
+                await loader.start()
+
+    run(scenario)
+
+
+# ---------------------------------------------------------------------- the admin routes
+
+
+def test_admin_routes_are_off_unless_asked_for() -> None:
+    with serving(FakeEngine()) as server:
+        for method, path in (("POST", "/v1/admin/reload"), ("GET", "/v1/admin/versions")):
+            assert server.request(method, path).status == 404
+
+
+def test_admin_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world_of: list[World] = []
+    original = Application.__init__
+
+    def with_reloader(self: Application, config: ServerConfig, *, models: Models, **kwargs: Any) -> None:
+        world = World(tmp_path, canary_share=0.5)
+        world.models = models
+        world.reloader._models = models
+        world_of.append(world)
+        original(self, config, models=models, **kwargs | {"reloader": world.reloader})
+
+    monkeypatch.setattr(Application, "__init__", with_reloader)
+    with serving(FakeEngine(replace(make_info("tiny", "1")))) as server:
+        world = world_of[0]
+        world.add("1")
+        server.call(_adopt(world))
+        assert server.request("GET", "/v1/admin/versions").json["versions"][0]["state"] == "serving"
+        world.add("2")
+        rows = server.request("POST", "/v1/admin/reload").json["versions"]
+        assert [(row["version"], row["state"], row["share"]) for row in rows] == [
+            ("1", "serving", 0.5),
+            ("2", "canary", 0.5),
+        ]
+        reply = server.request("POST", "/v1/admin/models/tiny/canary?percent=10")
+        assert reply.json["versions"][1]["share"] == 0.1
+        assert server.request("POST", "/v1/admin/models/tiny/canary?percent=101").status == 400
+        assert server.request("POST", "/v1/admin/models/nope/canary?percent=1").code == "not-found"
+        reply = server.request("POST", "/v1/admin/models/tiny/canary?percent=0")
+        assert reply.json["versions"][1]["state"] == "refused"
+        shutil.rmtree(tmp_path / "tiny")
+        refused = server.request("POST", "/v1/admin/reload")
+        assert refused.code == "bad-request"
+        assert "nothing was changed" in json.loads(refused.body)["detail"]
+
+
+async def _adopt(world: World) -> None:
+    world.reloader.adopt(Repository(world.root).read("tiny"))
