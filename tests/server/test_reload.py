@@ -227,7 +227,11 @@ def test_the_last_version_never_goes(tmp_path: Path) -> None:
         world.remove("1")
         await world.reloader.look()
         assert world.models.names() == ["other"]
+        world.add("1", name="other_image", side="image")
         world.remove("1", name="other")
+        await world.reloader.look()
+        assert world.models.names() == ["other"]
+        world.remove("1", name="other_image")
         with pytest.raises(RepositoryError, match="holds no model"):
             await world.reloader.look()
         assert world.models.names() == ["other"]
@@ -281,6 +285,28 @@ def test_a_canary_gets_its_share_and_then_takes_over(tmp_path: Path) -> None:
         await world.reloader.set_canary("tiny", 1)
         assert world.serving() == ["2"]
         assert world.models.get("tiny").info.version == "2"
+
+    run(scenario)
+
+
+def test_nobody_meets_a_canary_before_it_is_ready(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, canary_share=0.9)
+        world.add("1")
+        await world.reloader.look()
+        world.add("2")
+        met: list[str] = []
+        load = world.reloader._load
+
+        async def slowly(version: ModelVersion) -> None:
+            met.extend(world.models.get("tiny").info.version for _ in range(50))
+            await load(version)
+            met.extend(world.models.get("tiny").info.version for _ in range(50))
+
+        world.reloader._load = slowly
+        await world.reloader.look()
+        assert set(met) == {"1"}
+        assert "2" in {world.models.get("tiny").info.version for _ in range(5)}
 
     run(scenario)
 
