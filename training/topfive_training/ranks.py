@@ -265,16 +265,20 @@ def _first_error(children: list[Any], reports: list[Connection]) -> str:
     _wait_for(children)
     found: list[tuple[bool, str]] = []
     for rank, (child, report) in enumerate(zip(children, reports, strict=True)):
-        if report.poll():
-            with contextlib.suppress(EOFError):
+        whose = f"rank {rank} of {len(children)}"
+        try:
+            if report.poll():
                 secondary, text = report.recv()
-                found.append((secondary, f"rank {rank} of {len(children)} failed: {text}"))
-        elif child.exitcode is not None and child.exitcode < 0:
-            name = signal.Signals(-child.exitcode).name
-            hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
-            found.append((False, f"rank {rank} of {len(children)} was ended by {name}{hint}"))
+                found.append((secondary, f"{whose} failed: {text}"))
+        except EOFError:  # it has ended without a word
+            if child.exitcode is not None and child.exitcode < 0:
+                name = signal.Signals(-child.exitcode).name
+                hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
+                found.append((False, f"{whose} was ended by {name}{hint}"))
+            elif child.exitcode:
+                found.append((False, f"{whose} ended with status {child.exitcode}"))
     found.sort(key=lambda item: item[0])
-    return found[0][1] if found else "a rank ended without a word"
+    return found[0][1] if found else "a rank ended without an error"
 
 
 def _wait_for(children: list[Any]) -> None:
