@@ -1,6 +1,7 @@
 """Response normalisation against a loop over the paper's formula, and its gradient against finite differences."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,14 @@ import torch.nn.functional as F
 from topfive_training.network import LocalResponseNorm
 
 
-def by_the_formula(maps_CHW, towers, size=5, alpha=1e-4, beta=0.75, k=2.0):
+def by_the_formula(
+    maps_CHW: npt.NDArray[np.float64],
+    towers: int,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 2.0,
+) -> npt.NDArray[np.float64]:
     """Paper section 3.3 with the code's alpha / size, one value after the other."""
     channels, height, width = maps_CHW.shape
     per_tower = channels // towers
@@ -25,7 +33,7 @@ def by_the_formula(maps_CHW, towers, size=5, alpha=1e-4, beta=0.75, k=2.0):
 
 
 @pytest.mark.parametrize(("channels", "towers"), [(12, 1), (12, 2), (6, 2), (96, 2)])
-def test_the_formula(channels, towers):
+def test_the_formula(channels: int, towers: int) -> None:
     maps = np.random.default_rng(0).normal(0, 300, (2, channels, 3, 4))
     expected = np.stack([by_the_formula(one, towers) for one in maps])
     norm = LocalResponseNorm(channels, towers=towers)
@@ -35,7 +43,7 @@ def test_the_formula(channels, towers):
     assert np.abs(result / (maps / 2**0.75) - 1).max() > 0.1
 
 
-def test_never_across_the_seam():
+def test_never_across_the_seam() -> None:
     norm = LocalResponseNorm(8, towers=2)
     maps = torch.zeros(1, 8, 1, 1)
     maps[0, 3] = 10.0
@@ -47,21 +55,21 @@ def test_never_across_the_seam():
 
 
 @pytest.mark.parametrize("beta", [0.75, 0.5])
-def test_gradient(beta):
+def test_gradient(beta: float) -> None:
     norm = LocalResponseNorm(6, towers=2, alpha=0.5, beta=beta)
     maps = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(norm, (maps,))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
-def test_torch_agrees_on_even_windows_too(size):
+def test_torch_agrees_on_even_windows_too(size: int) -> None:
     norm = LocalResponseNorm(9, towers=1, size=size, alpha=0.1)
     maps = torch.randn(2, 9, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(norm(maps), F.local_response_norm(maps, size, 0.1, 0.75, 2.0))
 
 
 @pytest.mark.parametrize("size", [4, 5])
-def test_gradient_agrees_with_torchs(size):
+def test_gradient_agrees_with_torchs(size: int) -> None:
     maps = (torch.randn(2, 9, 3, 3, dtype=torch.float64) * 50).requires_grad_()
     ours, theirs = (
         torch.autograd.grad((norm(maps) * torch.arange(9.0)[:, None, None]).sum(), maps)[0]

@@ -1,0 +1,71 @@
+"""Recipes: what a command line may say, and what it is told when that makes no sense."""
+
+import dataclasses
+
+import pytest
+
+from topfive_training.recipe import RECIPES, Recipe, RecipeError, make_recipe
+
+
+def test_2012_is_the_default() -> None:
+    assert make_recipe("2012", {}) == Recipe()
+
+
+def test_text_is_parsed_by_the_type_of_the_field() -> None:
+    recipe = make_recipe("2012", {"batch-size": "64", "rate": "5e-3", "flip": "no", "normalization": "none"})
+    assert (recipe.batch_size, recipe.rate, recipe.flip, recipe.normalization) == (64, 0.005, False, "none")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_its_own_record(name: str) -> None:
+    assert make_recipe("2012", RECIPES[name].to_json()) == RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"bach-size": "3"}, "bach_size is no field of a recipe; did you mean batch_size?"),
+        ({"batch_size": "many"}, "batch_size is 'many'; it must be a number"),
+        ({"batch_size": "1.5"}, "batch_size is '1.5'; it must be a whole number"),
+        ({"rate": "nan"}, "rate is 'nan'; it must be a number"),
+        ({"rate": "-1"}, r"rate is -1.0; it must be between 0 and 1,000"),
+        ({"flip": "maybe"}, "flip is 'maybe'; it must be true or false"),
+        ({"schedule": "linear"}, "schedule is 'linear'; it must be run-145 or cosine or constant"),
+        ({"momentum": "1"}, "momentum is 1.0; it must be at least 0 and below 1"),
+        ({"crop": "300"}, "crop is 300; it must be between 196 and 227 for alexnet-2012"),
+        ({"short-side": "200"}, r"crop is 227; it must be at most short_side \(200\)"),
+    ],
+)
+def test_nonsense_is_refused_in_a_sentence(overrides: dict[str, object], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        make_recipe("2012", overrides)
+
+
+def test_an_unknown_recipe_is_refused() -> None:
+    with pytest.raises(RecipeError, match="recipe is 'ancient'; it must be 2012 or modern"):
+        make_recipe("ancient", {})
+
+
+def test_2014_brings_its_own_decisions_unless_told() -> None:
+    recipe = make_recipe("2012", {"architecture": "alexnet-2014"})
+    assert (recipe.normalization, recipe.dropout_scaling, recipe.crop) == ("none", "training", 224)
+    assert (
+        make_recipe("2012", {"architecture": "alexnet-2014", "normalization": "lrn"}).normalization == "lrn"
+    )
+    assert make_recipe("modern", {"architecture": "alexnet-2014"}).normalization == "batch"
+
+
+def test_every_field_says_what_it_does() -> None:
+    import ast
+    import inspect
+
+    (tree,) = ast.parse(inspect.getsource(Recipe)).body
+    assert isinstance(tree, ast.ClassDef)
+    documented = {
+        before.target.id
+        for before, after in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(before, ast.AnnAssign)
+        and isinstance(before.target, ast.Name)
+        and isinstance(after, ast.Expr)
+    }
+    assert documented == {field.name for field in dataclasses.fields(Recipe)}
