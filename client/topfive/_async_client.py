@@ -18,7 +18,7 @@ from topfive._images import ImageSource, Upload, load
 from topfive._protocol import Conversation, Options, Reply, Send, Sleep, Steps, T
 from topfive._results import Classification, Failure, Model
 from topfive._retry import RetryBudget, RetryPolicy
-from topfive._settings import Settings
+from topfive._settings import LIMITS, Settings
 
 
 class AsyncClient:
@@ -160,6 +160,7 @@ class AsyncClient:
                     base_url=self._settings.url,
                     headers=self._settings.headers,
                     verify=self._verify,
+                    limits=LIMITS,
                     transport=self._transport,
                 )
             return http

@@ -17,6 +17,10 @@ DEFAULT_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 """Seconds for each phase: to connect, to send a piece, to wait for a piece of the answer, to get a connection."""
 
 
+LIMITS = httpx2.Limits(keepalive_expiry=30.0)
+"""As many connections as callers at once; httpx2's own 20 kept alive would open one anew for every 21st thread."""
+
+
 class ClientError(TopfiveError, ValueError):
     """An argument of a client that makes no sense."""
 

@@ -107,6 +107,11 @@ COMMANDS = (
         extra="scoring",
     ),
     Command(
+        name="load-test",
+        target="topfive.cli.load_test:load_test",
+        summary="Find out how much a server can take, and how long its answers then need.",
+    ),
+    Command(
         name="doctor",
         target="topfive.cli.doctor:doctor",
         summary="Say what is installed, what is missing and how to get it.",

@@ -21,10 +21,12 @@ DEVICES = "topfive_server.devices:describe"
 OLDEST_PYTHON = (3, 11)
 EXTRAS = {
     "training": "topfive train, evaluate, prepare, import, report",
+    "imagenet": "topfive prepare with ILSVRC-2012's archives",
     "export": "topfive export",
     "server": "topfive serve",
     "scoring": "topfive score",
     "triton": "a Triton server as the engine",
+    "plot": "topfive load-test --plot",
     "cuda": "topfive serve on a GPU where CUDA is not installed system-wide",
 }
 """What each optional part is for."""

@@ -1,0 +1,294 @@
+"""How much a server can take, and how long its answers then need: the loads of `topfive load-test`.
+
+Two kinds of load. *Closed loop*: N connections, each sends its next request when the last one is answered, as N patient
+users would; it finds the throughput. *Open loop*: requests leave at times drawn beforehand, whatever became of the
+earlier ones, as a public would; it finds the latency. An answer's latency counts from the moment its request was *due*:
+a stall of the server is charged to everybody who would have come during it, and not only to the one who was there
+("coordinated omission", Gil Tene, "How NOT to Measure Latency", 2013). That also charges our own slowness, so the
+report has the generator's lag and its share of a core.
+"""
+
+import asyncio
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from topfive._async_client import AsyncClient
+from topfive._results import Model
+from topfive._retry import RetryPolicy
+from topfive.errors import ApiError, ApiStatusError, ApiTimeoutError, TopfiveError
+
+_SWEEP = (0.5, 0.7, 0.8, 0.9, 1.0)
+"""Shares of the closed loop's best rate that the open loop tries when nothing else is asked for."""
+_SEARCH_STEPS = 9
+
+
+class LoadTestError(TopfiveError):
+    """A load test that cannot be run as asked."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LoadTestConfig:
+    """What to try, and for how long; every load is bounded."""
+
+    connections: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 16, 64)
+    """Closed loop: how many connections to try, one number after the other."""
+    rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = ()
+    """Open loop: requests per second to try; by default shares of the best rate that the closed loop saw."""
+    p99_ms: float | None = None
+    """Search for the highest rate at which 99 % of the answers come within this many milliseconds, without errors."""
+    duration_s: float = 5.0
+    """Seconds for each point; at 100 requests per second, 5 s make the 99th percentile rest on 5 requests."""
+    warmup_s: float = 1.0
+    """Seconds of load before the first point, not counted."""
+    arrivals: Literal["poisson", "even"] = "poisson"
+    """Open loop: requests at random times, as from many independent users, or evenly spaced."""
+    timeout_s: float = 10.0
+    """Seconds after which a request counts as failed."""
+    max_in_flight: int = 1000
+    """Open loop: unanswered requests at which a point is broken off as overloaded."""
+    max_image_bytes: int = 256 * 1024 * 1024
+    """Bytes of images held in memory; more files are left out."""
+    seed: int = 0
+    """Of the random times."""
+
+    def __post_init__(self) -> None:
+        """Reject nonsense, naming the field."""
+        for name in ("connections", "rates"):
+            if not all(math.isfinite(value) and value > 0 for value in getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; every one must be above 0")
+        for name in ("duration_s", "timeout_s", "max_in_flight", "max_image_bytes", "p99_ms"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if not (math.isfinite(self.warmup_s) and self.warmup_s >= 0):
+            raise ValueError(f"warmup_s is {self.warmup_s}; it must be at least 0")
+        if not self.connections and not self.rates:
+            raise ValueError("connections and rates are both empty; give at least one number to one of them")
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """What happened during one point."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    lags_s: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    overloaded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The outcome of one load."""
+
+    loop: Literal["closed", "open"]
+    asked: float
+    """Connections of a closed loop; requests per second of an open one."""
+    seconds: float
+    answered: int
+    """Requests that were classified."""
+    errors: dict[str, int]
+    """Failed requests by reason: a status, `timeout` or `connection`."""
+    rate: float
+    """Classified requests per second."""
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    max_ms: float
+    lag_p99_ms: float
+    """How late the generator itself sent, 99th percentile; part of the latencies of an open loop."""
+    generator_cpu: float
+    """Cores that the generator used."""
+    overloaded: bool = False
+    """Broken off because too many requests were unanswered."""
+
+    def keeps(self, p99_ms: float) -> bool:
+        """Whether all answers came, and 99 % of them in time."""
+        return not self.errors and not self.overloaded and self.answered > 0 and self.p99_ms <= p99_ms
+
+
+async def run(
+    url: str,
+    bodies: Sequence[bytes],
+    config: LoadTestConfig,
+    *,
+    api_key: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Point], tuple[Model, ...]]:
+    """The whole test: closed loops, then open loops; what each saw, and the models that the server offers.
+
+    Args:
+        url: address of the server.
+        bodies: image files, sent in turn.
+        config: what to try.
+        api_key: key that the server asks for.
+        say: told what is about to happen.
+
+    Raises:
+        LoadTestError: not one request was answered.
+        ApiError: the server cannot be asked at all.
+    """
+    points: list[Point] = []
+    # One attempt: what the server refuses is what we are here to see.
+    retry = RetryPolicy(attempts=1)
+    async with AsyncClient(url, api_key=api_key, timeout=config.timeout_s, retry=retry) as client:
+        models = await client.models()
+        ask = _asker(client, bodies)
+        if config.warmup_s:
+            await closed_loop(ask, 4, config.warmup_s)
+        for connections in config.connections:
+            say(f"closed loop, {connections} connections, {config.duration_s:g} s")
+            points.append(await closed_loop(ask, connections, config.duration_s))
+
+        async def try_rate(rate: float) -> Point:
+            say(f"open loop, {rate:.1f} requests/s, {config.duration_s:g} s")
+            points.append(await open_loop(ask, rate, config))
+            return points[-1]
+
+        best = max((point.rate for point in points), default=0.0)
+        if not config.rates and best == 0.0:
+            raise LoadTestError(f"no request to {url} was answered: {dict(points[0].errors)}")
+        for rate in config.rates or (() if config.p99_ms else [share * best for share in _SWEEP]):
+            await try_rate(rate)
+        if config.p99_ms is not None:
+            await search(try_rate, max([best, *config.rates]), config.p99_ms)
+    return points, models
+
+
+def _asker(client: AsyncClient, bodies: Sequence[bytes]) -> Callable[[int], Awaitable[str | None]]:
+    """`await ask(n)`: send the n-th image; None, or why it failed."""
+
+    async def ask(number: int) -> str | None:
+        try:
+            await client.classify(bodies[number % len(bodies)])
+        except ApiStatusError as error:
+            return str(error.status)
+        except ApiTimeoutError:
+            return "timeout"
+        except ApiError:
+            return "connection"
+        return None
+
+    return ask
+
+
+async def closed_loop(
+    ask: Callable[[int], Awaitable[str | None]], connections: int, duration_s: float
+) -> Point:
+    """`connections` workers that each send when their last request is answered."""
+    tally = _Tally()
+    started, cpu = time.perf_counter(), time.process_time()
+    numbers = iter(range(2**62))
+
+    async def worker() -> None:
+        while (sent := time.perf_counter()) < started + duration_s:
+            error = await ask(next(numbers))
+            _count(tally, error, time.perf_counter() - sent)
+
+    await asyncio.gather(*(worker() for _ in range(connections)))
+    return _point("closed", connections, tally, time.perf_counter() - started, time.process_time() - cpu)
+
+
+async def open_loop(
+    ask: Callable[[int], Awaitable[str | None]], rate: float, config: LoadTestConfig
+) -> Point:
+    """Requests at times drawn beforehand, whatever became of the earlier ones."""
+    tally = _Tally()
+    under_way: set[asyncio.Task[None]] = set()
+    started, cpu = time.perf_counter(), time.process_time()
+
+    async def send(number: int, due: float) -> None:
+        tally.lags_s.append(time.perf_counter() - due)
+        error = await ask(number)
+        _count(tally, error, time.perf_counter() - due)
+
+    for number, offset in enumerate(arrival_times(rate, config)):
+        # Sleeping even when late lets the answers that have come be counted.
+        await asyncio.sleep(max(0.0, started + offset - time.perf_counter()))
+        if len(under_way) >= config.max_in_flight:
+            tally.overloaded = True
+            break
+        task = asyncio.create_task(send(number, started + offset))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+    sending_s = time.perf_counter() - started
+    # Those that are under way have their time-out; what they answer counts.
+    await asyncio.gather(*under_way)
+    return _point("open", rate, tally, max(sending_s, config.duration_s), time.process_time() - cpu)
+
+
+def arrival_times(rate: float, config: LoadTestConfig) -> Iterator[float]:
+    """Seconds from the start at which requests are due; the same for the same seed."""
+    draw = random.Random(config.seed)  # noqa: S311
+    due = 0.0 if config.arrivals == "even" else draw.expovariate(rate)
+    while due < config.duration_s:
+        yield due
+        due += 1 / rate if config.arrivals == "even" else draw.expovariate(rate)
+
+
+async def search(try_rate: Callable[[float], Awaitable[Point]], capacity: float, p99_ms: float) -> None:
+    """Try rates until the highest that keeps `p99_ms` is known to 5 %, or after a few steps."""
+    low, high = 0.0, math.inf
+    rate = 0.8 * capacity
+    for _ in range(_SEARCH_STEPS):
+        if (await try_rate(rate)).keeps(p99_ms):
+            low = rate
+        else:
+            high = rate
+        if high == math.inf:
+            rate = 1.25 * low
+        elif high - low <= 0.05 * high:
+            return
+        else:
+            rate = (low + high) / 2
+
+
+def best_rate(points: Sequence[Point], p99_ms: float) -> Point | None:
+    """The open loop with the highest rate that kept `p99_ms`, below the lowest that did not."""
+    tried = sorted((point for point in points if point.loop == "open"), key=lambda point: point.asked)
+    best = None
+    for point in tried:
+        if not point.keeps(p99_ms):
+            break
+        best = point
+    return best
+
+
+def _count(tally: _Tally, error: str | None, latency_s: float) -> None:
+    if error is None:
+        tally.latencies_s.append(latency_s)
+    else:
+        tally.errors[error] += 1
+
+
+def _point(
+    loop: Literal["closed", "open"], asked: float, tally: _Tally, seconds: float, cpu_s: float
+) -> Point:
+    milliseconds = sorted(1000 * latency for latency in tally.latencies_s)
+    return Point(
+        loop=loop,
+        asked=asked,
+        seconds=seconds,
+        answered=len(milliseconds),
+        errors=dict(tally.errors),
+        rate=len(milliseconds) / seconds,
+        p50_ms=quantile(milliseconds, 0.5),
+        p90_ms=quantile(milliseconds, 0.9),
+        p99_ms=quantile(milliseconds, 0.99),
+        max_ms=quantile(milliseconds, 1.0),
+        lag_p99_ms=quantile(sorted(1000 * lag for lag in tally.lags_s), 0.99),
+        generator_cpu=cpu_s / seconds,
+        overloaded=tally.overloaded,
+    )
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of `ordered` do not exceed (nearest rank); 0 of nothing."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
