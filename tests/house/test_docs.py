@@ -44,7 +44,7 @@ def mentions() -> list[Mention]:
     found: list[Mention] = []
     for path in DOCUMENTS:
         name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-        lines = [line.partition("|")[0] for line in shell_lines(text) if re.match(r"topfive( |$)", line)]
+        lines = [re.split(r"[|>&]", line)[0] for line in shell_lines(text) if re.match(r"topfive( |$)", line)]
         found += [Mention(name, tuple(shlex.split(line)[1:]), True) for line in lines]
         prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
         codes = re.findall(r"`topfive ([a-z][^`]*)`", prose)
