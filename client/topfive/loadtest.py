@@ -158,6 +158,7 @@ async def run(
         for rate in config.rates or (() if config.p99_ms else [share * best for share in _SWEEP]):
             await try_rate(rate)
         if config.p99_ms is not None:
+            await try_rate(best / 2 or config.rates[0])  # what answers take without a queue
             await search(try_rate, max([best, *config.rates]), config.p99_ms)
     return points, models
 
@@ -184,16 +185,17 @@ async def closed_loop(
 ) -> Point:
     """`connections` workers that each send when their last request is answered."""
     tally = _Tally()
-    started, cpu = time.perf_counter(), time.process_time()
+    clock = asyncio.get_running_loop().time
+    started, cpu = clock(), time.process_time()
     numbers = iter(range(2**62))
 
     async def worker() -> None:
-        while (sent := time.perf_counter()) < started + duration_s:
+        while (sent := clock()) < started + duration_s:
             error = await ask(next(numbers))
-            _count(tally, error, time.perf_counter() - sent)
+            _count(tally, error, clock() - sent)
 
     await asyncio.gather(*(worker() for _ in range(connections)))
-    return _point("closed", connections, tally, time.perf_counter() - started, time.process_time() - cpu)
+    return _point("closed", connections, tally, clock() - started, time.process_time() - cpu)
 
 
 async def open_loop(
@@ -202,23 +204,24 @@ async def open_loop(
     """Requests at times drawn beforehand, whatever became of the earlier ones."""
     tally = _Tally()
     under_way: set[asyncio.Task[None]] = set()
-    started, cpu = time.perf_counter(), time.process_time()
+    clock = asyncio.get_running_loop().time
+    started, cpu = clock(), time.process_time()
 
     async def send(number: int, due: float) -> None:
-        tally.lags_s.append(time.perf_counter() - due)
+        tally.lags_s.append(clock() - due)
         error = await ask(number)
-        _count(tally, error, time.perf_counter() - due)
+        _count(tally, error, clock() - due)
 
     for number, offset in enumerate(arrival_times(rate, config)):
         # Sleeping even when late lets the answers that have come be counted.
-        await asyncio.sleep(max(0.0, started + offset - time.perf_counter()))
+        await asyncio.sleep(max(0.0, started + offset - clock()))
         if len(under_way) >= config.max_in_flight:
             tally.overloaded = True
             break
         task = asyncio.create_task(send(number, started + offset))
         under_way.add(task)
         task.add_done_callback(under_way.discard)
-    sending_s = time.perf_counter() - started
+    sending_s = clock() - started
     # Those that are under way have their time-out; what they answer counts.
     await asyncio.gather(*under_way)
     return _point("open", rate, tally, max(sending_s, config.duration_s), time.process_time() - cpu)
@@ -226,11 +229,15 @@ async def open_loop(
 
 def arrival_times(rate: float, config: LoadTestConfig) -> Iterator[float]:
     """Seconds from the start at which requests are due; the same for the same seed."""
+    if config.arrivals == "even":
+        # Not by adding up, which would gather rounding errors.
+        yield from (number / rate for number in range(math.ceil(config.duration_s * rate)))
+        return
     draw = random.Random(config.seed)  # noqa: S311
-    due = 0.0 if config.arrivals == "even" else draw.expovariate(rate)
+    due = draw.expovariate(rate)
     while due < config.duration_s:
         yield due
-        due += 1 / rate if config.arrivals == "even" else draw.expovariate(rate)
+        due += draw.expovariate(rate)
 
 
 async def search(try_rate: Callable[[float], Awaitable[Point]], capacity: float, p99_ms: float) -> None:

@@ -167,14 +167,18 @@ def draw(points: Sequence[Point], p99_ms: float | None, path: Path) -> None:
     for point in points:
         if point.loop == "closed" and point.answered:
             axes.plot(point.rate, point.p99_ms, "s", color="tab:gray")
-            text = f" {point.asked:.0f} connections"
-            axes.annotate(text, (point.rate, point.p99_ms), fontsize=8, color="dimgray", va="center")
+            style = {"fontsize": 8, "color": "dimgray", "ha": "center", "textcoords": "offset points"}
+            text = f"{point.asked:.0f} connections"
+            axes.annotate(text, (point.rate, point.p99_ms), xytext=(0, 7), **style)
     axes.plot([], [], "s", color="tab:gray", label="p99, closed loop")
     if p99_ms is not None:
         axes.axhline(p99_ms, color="tab:red", linestyle=":", label=f"{p99_ms:g} ms asked for")
     axes.set(
         yscale="log", xlabel="requests per second", ylabel="latency in ms, from the time the request was due"
     )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.margins(x=0.1, y=0.15)
     axes.set_xlim(left=0)
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()

@@ -1,0 +1,295 @@
+"""The load test: on a clock that only waiting moves, and once for real."""
+
+import asyncio
+import itertools
+import json
+import random
+import selectors
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from tests.client.fake_server import Answer, FakeServer, jpeg, refusal
+
+from topfive.cli import main
+from topfive.cli.load_test import draw
+from topfive.loadtest import (
+    LoadTestConfig,
+    Point,
+    arrival_times,
+    best_rate,
+    closed_loop,
+    open_loop,
+    quantile,
+    search,
+)
+
+T = TypeVar("T")
+Ask = Callable[[int], Awaitable[str | None]]
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Waiting takes no time; it only moves the loop's clock."""
+
+    def __init__(self) -> None:
+        loop = self
+
+        class Selector(selectors.DefaultSelector):
+            def select(self, timeout: float | None = None) -> list[Any]:
+                loop.now += timeout or 0.0
+                return list(super().select(0))
+
+        self.now = 0.0
+        super().__init__(Selector())
+
+    def time(self) -> float:
+        return self.now
+
+
+def virtually(coroutine: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(coroutine)
+
+
+def server_of(workers: int, service_s: float, stall_s: float = 0.0) -> Ask:
+    """A server that takes `service_s` for a request, `workers` at once; the first one stalls it."""
+    slots = asyncio.Semaphore(workers)
+
+    async def ask(number: int) -> str | None:
+        async with slots:
+            await asyncio.sleep(service_s + (stall_s if number == 0 else 0.0))
+        return None
+
+    return ask
+
+
+EVEN = LoadTestConfig(arrivals="even", duration_s=10.0)
+
+
+def test_a_closed_loop_measures_throughput_and_service_time() -> None:
+    async def run() -> Point:
+        return await closed_loop(server_of(2, 0.010), connections=8, duration_s=10.0)
+
+    point = virtually(run())
+    assert point.rate == pytest.approx(200, rel=0.01)
+    assert point.p50_ms == pytest.approx(40, rel=0.01)
+    assert (point.loop, point.asked, point.errors, point.overloaded) == ("closed", 8, {}, False)
+
+
+def test_an_open_loop_below_capacity_sees_the_service_time() -> None:
+    async def run() -> Point:
+        return await open_loop(server_of(1, 0.010), 50, EVEN)
+
+    point = virtually(run())
+    assert point.answered == 500
+    assert point.rate == pytest.approx(50, rel=0.01)
+    assert point.p99_ms == pytest.approx(10, rel=0.01)
+    assert point.lag_p99_ms == pytest.approx(0, abs=0.01)
+
+
+def test_a_stall_is_charged_to_all_who_would_have_come_during_it() -> None:
+    """Coordinated omission: one second of stall in ten must show in a tenth of the latencies, not in one."""
+
+    async def run() -> tuple[Point, Point]:
+        opened = await open_loop(server_of(1, 0.001, stall_s=1.0), 100, EVEN)
+        closed = await closed_loop(server_of(1, 0.001, stall_s=1.0), 1, 10.0)
+        return opened, closed
+
+    opened, closed = virtually(run())
+    assert opened.p90_ms > 100
+    assert opened.p99_ms > 800
+    assert closed.p99_ms < 2, "a closed loop cannot see it"
+
+
+def test_a_generator_that_is_late_charges_itself_and_says_so() -> None:
+    async def run() -> Point:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+
+        async def ask(number: int) -> str | None:
+            if number == 3:
+                loop.now += 2.0  # the generator itself was held up
+            return None
+
+        return await open_loop(ask, 10, EVEN)
+
+    point = virtually(run())
+    assert point.max_ms == pytest.approx(2000, rel=0.01)
+    assert point.lag_p99_ms > 1700
+
+
+def test_overload_is_broken_off() -> None:
+    async def run() -> Point:
+        return await open_loop(server_of(1, 1.0), 100, replace(EVEN, max_in_flight=50))
+
+    point = virtually(run())
+    assert point.overloaded
+    assert point.answered == 50
+    assert not point.keeps(1e9)
+
+
+def test_errors_are_counted_by_reason_and_are_no_latencies() -> None:
+    async def run() -> Point:
+        async def ask(number: int) -> str | None:
+            return [None, "429", "timeout"][number % 3]
+
+        return await open_loop(ask, 9, replace(EVEN, duration_s=1.0))
+
+    point = virtually(run())
+    assert (point.answered, point.errors) == (3, {"429": 3, "timeout": 3})
+    assert not point.keeps(1e9)
+
+
+def test_arrival_times() -> None:
+    assert list(arrival_times(4, replace(EVEN, duration_s=1.0))) == [0.0, 0.25, 0.5, 0.75]
+    poisson = LoadTestConfig(duration_s=100.0, seed=1)
+    times = list(arrival_times(50, poisson))
+    assert times == list(arrival_times(50, poisson))
+    assert times != list(arrival_times(50, replace(poisson, seed=2)))
+    assert len(times) == pytest.approx(5000, rel=0.05)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert sum(gap > 1 / 50 for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.03)
+
+
+def test_quantiles_are_nearest_rank() -> None:
+    values = list(range(1, 101))
+    random.Random(0).shuffle(values)
+    ordered = sorted(map(float, values))
+    assert [quantile(ordered, share) for share in (0.5, 0.9, 0.99, 1.0)] == [50, 90, 99, 100]
+    assert quantile([7.0], 0.5) == 7
+    assert quantile([], 0.99) == 0
+
+
+def point_at(rate: float, p99_ms: float, **changes: Any) -> Point:
+    values = {"loop": "open", "asked": rate, "seconds": 1.0, "answered": 100, "errors": {}, "rate": rate}
+    latencies = dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "max_ms"), p99_ms)
+    return Point(**{**values, **latencies, "lag_p99_ms": 0.0, "generator_cpu": 0.1, **changes})
+
+
+@pytest.mark.parametrize("limit", [30.0, 75.0, 99.0, 160.0, 240.0])
+def test_the_search_finds_the_limit_to_a_few_percent(limit: float) -> None:
+    tried: list[Point] = []
+
+    async def try_rate(rate: float) -> Point:
+        tried.append(point_at(rate, 20.0 if rate <= limit else 500.0))
+        return tried[-1]
+
+    virtually(search(try_rate, capacity=100.0, p99_ms=100.0))
+    best = best_rate(tried, 100.0)
+    assert best is not None
+    assert 0.94 * limit <= best.asked <= limit
+    assert len(tried) <= 9
+
+
+def test_a_limit_that_nothing_keeps_is_found_to_be_so() -> None:
+    tried: list[Point] = []
+
+    async def try_rate(rate: float) -> Point:
+        tried.append(point_at(rate, 500.0))
+        return tried[-1]
+
+    virtually(search(try_rate, capacity=100.0, p99_ms=100.0))
+    assert best_rate(tried, 100.0) is None
+    assert len(tried) <= 9
+
+
+def test_a_lucky_point_above_a_failed_one_does_not_count() -> None:
+    points = [point_at(120, 50), point_at(100, 500), point_at(80, 40), point_at(50, 30)]
+    best = best_rate(points, 100.0)
+    assert best is not None
+    assert best.asked == 80
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"connections": (0,)}, "connections is"),
+        ({"rates": (1.0, float("nan"))}, "rates is"),
+        ({"duration_s": 0}, "duration_s is 0"),
+        ({"p99_ms": -1}, "p99_ms is -1"),
+        ({"warmup_s": -1}, "warmup_s is -1"),
+        ({"connections": ()}, "both empty"),
+    ],
+)
+def test_nonsense_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LoadTestConfig(**fields)
+
+
+QUICK = ["--connections", "1", "4", "--duration-s", "0.3", "--warmup-s", "0"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    (tmp_path / "images" / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "images" / "deep" / "b.PNG").write_bytes(jpeg(20, 20))
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(
+    server: FakeServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    assert main(["load-test", server.url, str(folder), *QUICK, "--rates", "20", "40", *outputs]) == 0
+    captured = capsys.readouterr()
+    assert "closed 4" in captured.out
+    assert "open 40.0/s" in captured.out
+    assert "closed loop, 1 connections" in captured.err
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [(p["loop"], p["asked"]) for p in report["points"]] == [
+        ("closed", 1),
+        ("closed", 4),
+        ("open", 20),
+        ("open", 40),
+    ]
+    assert all(p["answered"] > 0 and not p["errors"] for p in report["points"])
+    assert report["images"]["count"] == 2
+    assert report["models"][0]["name"] == "alexnet"
+    assert report["generator"]["cores"]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    answered = sum(p["answered"] for p in report["points"])
+    asked = [r for r in server.requests if r.path == "/v1/classify"]
+    assert len(asked) == answered
+    assert {r.body for r in asked} == {jpeg(), jpeg(20, 20)}
+
+
+def test_the_command_searches(server: FakeServer, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load-test", server.url, str(folder), *QUICK, "--p99-ms", "0.001"]) == 1
+    assert "highest rate with p99 within 0.001 ms: none" in capsys.readouterr().out
+
+
+def test_refusals_are_shown_and_not_retried(
+    server: FakeServer, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models: Answer = (200, {}, b'{"models": []}')
+    server.script = [models, *[refusal(429, "queue-full", "full", Retry_After="0")] * 3]
+    assert main(["load-test", server.url, str(folder), *QUICK, "--rates", "10"]) == 1
+    assert "3 x 429" in capsys.readouterr().out
+
+
+def test_a_folder_without_images_an_absent_server_and_a_missing_library(
+    server: FakeServer,
+    nobody: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["load-test", server.url, str(tmp_path / "empty")]) == 1
+    assert "empty" in capsys.readouterr().err
+    assert main(["load-test", nobody, str(folder)]) == 3
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["load-test", server.url, str(folder), "--plot", "x.png"]) == 1
+    assert "pip install 'topfive[plot]'" in capsys.readouterr().err
+    assert server.requests == [], "it fails before the load"
+
+
+def test_a_picture_of_nothing_but_errors_can_be_drawn(tmp_path: Path) -> None:
+    draw([point_at(10, 0.0, answered=0, errors={"503": 9})], 50.0, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
