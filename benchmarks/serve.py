@@ -41,8 +41,9 @@ from numpy.typing import NDArray
 from topfive.preprocessing import decode
 from topfive_server.devices import cores, resolve
 from topfive_server.onnx_engine import OnnxEngine
-from topfive_server.repository import GraphKind, ModelVersion, Repository
+from topfive_server.repository import ModelVersion, Repository
 from topfive_server.session import RuntimeOptions
+from topfive_server.variants import Wanted, choose
 
 LUA = Path(__file__).with_suffix(".lua")
 BATCHES = (8, 16, 32, 64)
@@ -90,17 +91,17 @@ class InProcess:
             pipe.send(getattr(self, name)(**arguments))
 
 
-def _ceiling_process(pipe: Connection, models: Path, folder: Path, device: str) -> None:
-    InProcess(hot_model(models), [p.read_bytes() for p in sorted(folder.iterdir())], device).serve(pipe)
+def _ceiling_process(pipe: Connection, models: Path, folder: Path, device: str, variant: Wanted) -> None:
+    InProcess(hot_model(models, device, variant), [p.read_bytes() for p in sorted(folder.iterdir())], device).serve(pipe)
 
 
 class Ceiling:
     """The in-process measurements, in a process of their own so that they share nothing with the load generator."""
 
-    def __init__(self, models: Path, folder: Path, device: str) -> None:
+    def __init__(self, models: Path, folder: Path, device: str, variant: Wanted) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        context.Process(target=_ceiling_process, args=(theirs, models, folder, device), daemon=True).start()
+        context.Process(target=_ceiling_process, args=(theirs, models, folder, device, variant), daemon=True).start()
         self.best: dict[str, Any] = {}
 
     def measure(self, name: str, **arguments: Any) -> float:
@@ -127,21 +128,21 @@ class Ceiling:
         return {f"{b}{' overlapped' if o else ''}": round(rate, 1) for (b, o), rate in medians.items()}
 
 
-def hot_model(models: Path) -> ModelVersion:
-    """The model that the server answers with by default."""
-    repository = Repository(models)
-    versions = [repository.read(name) for name in repository.names()]
-    return next(v for v in versions if v.kind is not GraphKind.WHOLE)
+def hot_model(models: Path, device: str, variant: Wanted) -> ModelVersion:
+    """The model that the server answers with by default, in the same graph."""
+    choices = choose(Repository(models).read_all()[0], resolve(device), variant).choices
+    first = choices[0].version.name
+    return [choice.version for choice in choices if choice.version.name == first][-1]
 
 
 @contextlib.contextmanager
-def server(models: Path, device: str, flags: Sequence[str]) -> Iterator[str]:
+def server(models: Path, device: str, variant: str, flags: Sequence[str]) -> Iterator[str]:
     """A server process on a free port; its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     program = Path(sys.executable).with_name("topfive")
-    command = [program, "serve", models, "--port", str(port), "--device", device, *flags]
+    command = [program, "serve", models, "--port", str(port), "--device", device, "--variant", variant, *flags]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -215,18 +216,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=4, help="of each measurement (whole: wrk)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variant", default="fp32", choices=["auto", "fp32", "fp16", "int8"])
     parser.add_argument("--json", type=Path, help="write every measurement here")
     parser.add_argument("--serve-flags", default="", help="more flags of `topfive serve`")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("this needs wrk: apt-get install wrk")
-    report: dict[str, Any] = {"hardware": hardware(), "images": len(list(options.images.iterdir()))}
-    ceiling = Ceiling(options.models, options.images, options.device)
+    report: dict[str, Any] = {"hardware": hardware(), "variant": options.variant, "images": len(list(options.images.iterdir()))}
+    ceiling = Ceiling(options.models, options.images, options.device, options.variant)
     report["calibration"] = ceiling.calibrate(options.seconds / 2)
     report["best"] = ceiling.best
     print(f"in process, images/s by batch size: {report['calibration']}")
     rounds: list[dict[str, Any]] = []
-    with server(options.models, options.device, options.serve_flags.split()) as url:
+    with server(options.models, options.device, options.variant, options.serve_flags.split()) as url:
         for connections in options.connections:
             load(url, options.images, connections, 1)  # warm
         for number in range(options.rounds):
