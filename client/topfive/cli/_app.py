@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError, CycloptsPanel, UnknownCommandError
+from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownCommandError
 from cyclopts.config import Env, Toml
 
 from topfive._version import __version__
@@ -33,6 +33,7 @@ def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
         name="topfive",
         help="An image in, five labels out: train AlexNet, export it to one ONNX file, serve it, ask it.",
         help_format="markdown",
+        default_parameter=Parameter(negative_iterable=()),  # no --empty-… beside every list
         version=__version__,
         config=(
             _Environment("TOPFIVE_"),

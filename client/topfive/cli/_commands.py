@@ -90,6 +90,12 @@ COMMANDS = (
         extra="export",
     ),
     Command(
+        name="benchmark",
+        target="topfive_export.benchmark:benchmark",
+        summary="Time every variant of a model on this machine, and say which to serve.",
+        extra="server",
+    ),
+    Command(
         name="serve",
         target="topfive_server.cli:serve",
         summary="Serve a model repository over HTTP.",
