@@ -121,7 +121,10 @@ def _draw() -> Iterator[tuple[str, bytes]]:
     for name in ("black", "white", "red", "lime", "blue", "grey"):
         yield f"flat {name} PNG", _file(Image.new("RGB", (300, 240), name), "PNG")
     yield "noise PNG", _file(_noise(280, 310, seed=7), "PNG")
-    yield "coarse noise PNG", _file(_noise(40, 30, seed=8).resize((400, 300), Image.Resampling.NEAREST), "PNG")
+    yield (
+        "coarse noise PNG",
+        _file(_noise(40, 30, seed=8).resize((400, 300), Image.Resampling.NEAREST), "PNG"),
+    )
 
 
 def _file(image: Image.Image, format_: str, **options: Any) -> bytes:
@@ -141,8 +144,8 @@ def _scene(width: int, height: int, *, seed: int) -> Image.Image:
     image = _noise(7, 5, seed=seed).resize((width, height), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
     for _ in range(12):
-        x, y = rng.integers(0, width), rng.integers(0, height)
-        r = rng.integers(2, max(3, min(width, height) // 4))
+        x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
+        r = int(rng.integers(2, max(3, min(width, height) // 4)))
         color = tuple(int(value) for value in rng.integers(0, 256, 3))
         shape = pen.ellipse if rng.random() < 0.5 else pen.rectangle
         shape((x - r, y - r // 2, x + r, y + r), fill=color)
@@ -165,7 +168,9 @@ def decoded(pictures: Sequence[Picture], preprocessing: Preprocessing, side: int
     return np.stack(_threaded(one, pictures))
 
 
-def raw_pixels(pictures: Sequence[Picture], *, max_pixels: int = 4_000_000) -> list[tuple[Picture, NDArray[np.uint8]]]:
+def raw_pixels(
+    pictures: Sequence[Picture], *, max_pixels: int = 4_000_000
+) -> list[tuple[Picture, NDArray[np.uint8]]]:
     """Pixels [H, W, C] at full size for the whole graph, each with the lossless file that holds just them.
 
     Both ways begin from the same RGB pixels: what is compared is resize and crop, not colour conversion or JPEG.

@@ -110,7 +110,11 @@ def _see_consistent(outputs: Sequence[NDArray[Any]], count: int) -> None:
     if kinds != ["float32", "int64", "float32", "float32"]:
         raise Disagreement(f"the outputs are of type {kinds}; they must be float32, int64, float32, float32")
     top = min(TOP, scores_BK.shape[1])
-    if probabilities_BT.shape != (count, top) or classes_BT.shape != (count, top) or len(features_BF) != count:
+    if (
+        probabilities_BT.shape != (count, top)
+        or classes_BT.shape != (count, top)
+        or len(features_BF) != count
+    ):
         raise Disagreement(f"{count} images gave outputs of shapes {[output.shape for output in outputs]}")
     if not np.isfinite(scores_BK).all() or not np.allclose(scores_BK.sum(axis=1), 1, atol=1e-3):
         raise Disagreement("the scores are not probabilities that add up to one")
@@ -181,18 +185,19 @@ def enforce(comparison: Comparison, limits: Limits, what: str) -> None:
     top1 = comparison.top1_agreement if excused else comparison.top1_agreement_all
     top5 = comparison.top5_agreement if excused else comparison.top5_agreement_all
     wrong = []
-    if limits.probability_difference is not None:
-        if not comparison.probability_difference <= limits.probability_difference:
-            wrong.append(
-                f"a probability differs by {comparison.probability_difference:.2g} "
-                f"(limit {limits.probability_difference:g})"
-            )
+    # Written so that NaN is beyond every limit.
+    limit = limits.probability_difference
+    if limit is not None and not comparison.probability_difference <= limit:
+        wrong.append(f"a probability differs by {comparison.probability_difference:.2g} (limit {limit:g})")
     if not comparison.relative_difference <= limits.relative_difference:
         wrong.append(
             f"the answers differ by {comparison.relative_difference:.2g} of what they vary by between images "
             f"(limit {limits.relative_difference:g})"
         )
-    for name, share, limit in (("top-1", top1, limits.top1_agreement), ("top-5", top5, limits.top5_agreement)):
+    for name, share, limit in (
+        ("top-1", top1, limits.top1_agreement),
+        ("top-5", top5, limits.top5_agreement),
+    ):
         if share < limit:
             wrong.append(f"the {name} answers agree on {share:.1%} of the images (limit {limit:.1%})")
     if wrong:
@@ -255,7 +260,9 @@ def _margins(values_MK: NDArray[np.float64], top: int) -> NDArray[np.float64]:
 
 
 def _same_top(one_MK: NDArray[np.float64], other_MK: NDArray[np.float64], top: int) -> NDArray[np.bool_]:
-    first, second = (np.sort(np.argsort(-values, axis=1, kind="stable")[:, :top], axis=1) for values in (one_MK, other_MK))
+    first, second = (
+        np.sort(np.argsort(-values, axis=1, kind="stable")[:, :top], axis=1) for values in (one_MK, other_MK)
+    )
     same: NDArray[np.bool_] = (first == second).all(axis=1)
     return same
 

@@ -4,7 +4,8 @@ Shapes: B images, H rows, W columns, C colours or maps, K classes, T top answers
 """
 
 import copy
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from topfive_training.network import AlexNet, LocalResponseNorm
 TOP: Final = 5
 """Answers per image; fewer where there are fewer classes."""
 INPUT_NAME: Final = "image"
+_Attribute: TypeAlias = (
+    int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
+)
 OUTPUT_NAMES: Final = ("probabilities", "classes", "scores", "features")
 
 
@@ -69,7 +73,7 @@ class OperatorNorm(nn.Module):
         """Normalised maps of the same shape, by tower."""
         norm = self.norm
         towers = maps_BCHW.chunk(norm.towers, dim=1)
-        attributes: dict[str, int | float] = {
+        attributes: dict[str, _Attribute] = {
             "alpha": norm.alpha,
             "beta": norm.beta,
             "bias": norm.k,
@@ -97,7 +101,7 @@ class FoldedConvolution(nn.Module):
         self.stride, self.padding = conv.stride, conv.padding
         weight = conv.weight.detach().double() / std.double().reshape(1, 3, 1, 1)
         # As the network itself pads, before the convolution, images whose side leaves a remainder.
-        mean_BCHW = network._padded(mean.double().expand(1, 3, crop, crop))  # noqa: SLF001
+        mean_BCHW = network._padded(mean.double().expand(1, 3, crop, crop))
         padded = mean_BCHW.shape[2:] != (crop, crop) or any(side != 0 for side in conv.padding)
         bias = torch.zeros(conv.out_channels, dtype=torch.float64)
         if conv.bias is not None:
@@ -135,7 +139,7 @@ class CentralResize(nn.Module):
     def forward(self, images_BHWC: Tensor) -> Tensor:
         """Float pixels [B, C, crop, crop] with whole values, 0-255."""
         _, height, width, _ = images_BHWC.shape
-        shorter = torch.sym_min(height, width)
+        shorter = torch.sym_min(height, width)  # type: ignore[no-untyped-call]
         pixels_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32)
         # Columns first, and whole grey levels after each, as Pillow does: halves are common, and go up.
         pixels_BCHW = (pixels_BCHW @ self._weights(width, shorter).transpose(0, 1) + 0.5).floor()
@@ -144,12 +148,13 @@ class CentralResize(nn.Module):
     def _weights(self, length: int, shorter: int) -> Tensor:
         """Weight of each source pixel in each pixel of the result, [crop, length], as Pillow computes them."""
         scale = shorter / self.short_side
-        reach = torch.sym_max(scale, 1.0)
+        reach = torch.sym_max(scale, 1.0)  # type: ignore[no-untyped-call]
         start = (length - scale * self.crop) / 2
         centers = torch.arange(self.crop, dtype=torch.float32) * scale + (start + scale / 2)
         pixels = torch.arange(length, dtype=torch.float32) + 0.5
         weights = (1 - (pixels[None, :] - centers[:, None]).abs() / reach).clamp(min=0)
-        return weights / weights.sum(dim=1, keepdim=True)
+        normalized: Tensor = weights / weights.sum(dim=1, keepdim=True)
+        return normalized
 
 
 class ExportGraph(nn.Module):
@@ -158,18 +163,22 @@ class ExportGraph(nn.Module):
     def __init__(self, classifier: Classifier, variant: Variant) -> None:
         super().__init__()
         self.classes = classifier.spec.architecture.classes
-        self.half = variant.precision == "fp16"
+        self.in_half = variant.precision == "fp16"
         preprocessing = classifier.spec.preprocessing
         self.resize = (
             CentralResize(preprocessing.short_side, preprocessing.crop) if variant.graph == "image" else None
         )
         self.network = copy.deepcopy(classifier.network)
         self._replace_norms(BandNorm if variant.target == "cpu" else OperatorNorm)
-        self.folded = variant.precision != "fp16" and variant.views == 1 and not self._loses_range(classifier, variant)
+        self.folded = (
+            variant.precision != "fp16" and variant.views == 1 and not self._loses_range(classifier, variant)
+        )
         if self.folded:
-            folded = FoldedConvolution(classifier.network, classifier.mean, classifier.std, preprocessing.crop)
+            folded = FoldedConvolution(
+                classifier.network, classifier.mean, classifier.std, preprocessing.crop
+            )
             self.network.conv1 = folded  # type: ignore[assignment]  # it is called as the convolution is
-        if self.half:
+        if self.in_half:
             self.network.half()
         self.register_buffer("mean", classifier.mean)
         self.register_buffer("std", classifier.std)
@@ -202,7 +211,7 @@ class ExportGraph(nn.Module):
 
     def classify(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax over all classes, in fp32 whatever the network's own precision; and the features."""
-        if self.half:
+        if self.in_half:
             pixels_BCHW = pixels_BCHW.half()
         features_BF = self.network.features(pixels_BCHW)
         logits_BK = self.network.head(features_BF)
@@ -231,7 +240,8 @@ class TenViewGraph(ExportGraph):
         views += [view.flip(3) for view in views]
         stacked = torch.stack(views, dim=1).flatten(0, 1)
         scores, features = super().classify(stacked)
-        scores_BVK, features_BVF = (values.unflatten(0, (-1, len(views))) for values in (scores, features))
+        scores_BVK = scores.reshape(-1, len(views), scores.shape[1])
+        features_BVF = features.reshape(-1, len(views), features.shape[1])
         return scores_BVK.mean(dim=1), features_BVF.mean(dim=1)
 
 
@@ -239,3 +249,24 @@ def build_graph(classifier: Classifier, variant: Variant) -> ExportGraph:
     """The module to export, in evaluation mode; the classifier itself stays as it is."""
     kind = ExportGraph if variant.views == 1 else TenViewGraph
     return kind(classifier, variant).eval()
+
+
+def multiply_adds(classifier: Classifier, *, views: int = 1) -> int:
+    """Multiply-adds of the convolutions and fully-connected layers for one image; biases and norms are not counted."""
+    total = 0
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal total
+        if isinstance(module.weight, Tensor):
+            total += output.numel() * module.weight[0].numel()
+
+    layers = [layer for layer in classifier.network.children() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    crop = classifier.spec.preprocessing.crop
+    try:
+        with torch.no_grad():
+            classifier.network(torch.zeros(1, 3, crop, crop))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return views * total

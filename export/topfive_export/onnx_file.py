@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
 import onnxruntime
@@ -18,13 +18,13 @@ from onnx import ModelProto
 from topfive._version import __version__
 from topfive.model_spec import ModelSpec
 from topfive_export.graphs import INPUT_NAME, OUTPUT_NAMES, ExportGraph
+from topfive_export.repository import MODEL_FILE
 from topfive_export.variant import ExportError, Variant
 
 OPSET: Final = 20
 METADATA_KEY: Final = "topfive"
 """Key of `metadata_props` under which an exported file carries its `model.json`."""
 VARIANT_KEY: Final = "topfive.variant"
-MODEL_FILE: Final = "model.onnx"
 EXTERNAL_BYTES: Final = 2**31 - 2**20
 """Protobuf files end at 2 GiB; from here on the weights go into `model.onnx.data`."""
 
@@ -82,7 +82,9 @@ def finish(model: ModelProto, *, spec: ModelSpec, variant: Variant, family: str)
     model.producer_version = __version__
     model.graph.name = variant.model_name(family)
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json(), VARIANT_KEY: variant.model_name(family)})
+    onnx.helper.set_model_props(
+        model, {METADATA_KEY: spec.to_json(), VARIANT_KEY: variant.model_name(family)}
+    )
     return model
 
 
@@ -93,7 +95,8 @@ def strip(model: ModelProto) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
     del graph.value_info[:]
-    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+    parts: list[Any] = [*graph.node, *graph.initializer, *graph.input, *graph.output]
+    for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
 
@@ -138,7 +141,13 @@ def paths_inside(model: ModelProto) -> list[str]:
         for attribute in node.attribute:
             attribute.t.ClearField("raw_data")
     data = bare.SerializeToString()
-    here = {Path.cwd(), Path.home(), Path(sys.prefix), Path(sys.base_prefix), Path(torch.__file__).parent.parent}
+    here = {
+        Path.cwd(),
+        Path.home(),
+        Path(sys.prefix),
+        Path(sys.base_prefix),
+        Path(torch.__file__).parent.parent,
+    }
     here |= {Path(__file__).resolve().parents[2]}
     return sorted(str(path) for path in here if len(path.parts) > 1 and os.fsencode(path) in data)
 
@@ -156,7 +165,9 @@ def load(path: Path, *, threads: int = 0, providers: list[str] | None = None) ->
         return onnxruntime.InferenceSession(path, options, providers=providers or ["CPUExecutionProvider"])
     except Exception as error:
         # ONNX Runtime raises classes of its own that derive from nothing closer.
-        raise ExportError(f"ONNX Runtime {onnxruntime.__version__} does not load the exported file: {error}") from error
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} does not load the exported file: {error}"
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +30,11 @@ from topfive_export.gate import (
     enforce,
     enforce_accuracy,
 )
-from topfive_export.graphs import TOP, build_graph
+from topfive_export.graphs import TOP, build_graph, multiply_adds
 from topfive_export.quantize import MINIMUM_IMAGES, quantize
 from topfive_export.repository import (
-    LABELS_FILE,
     CONFIG_FILE,
+    LABELS_FILE,
     REPORT_FILE,
     REPORT_SCHEMA,
     Interface,
@@ -121,7 +121,9 @@ def run_export(config: ExportConfig, *, say: Callable[[str], None] = lambda _: N
             name = variant.model_name(config.name)
             folder = staging.version(name, number)
             say(f"{name}: exporting")
-            report = _export_one(classifier, spec, variant, config, pictures, folder, say)
+            report = _export_one(
+                classifier, variant, folder, spec=spec, family=config.name, pictures=pictures, say=say
+            )
             report["checkpoint"] = {"sha256": identity}
             report["version"] = number
             say(f"{name}: {_summary(report)}")
@@ -136,11 +138,12 @@ def run_export(config: ExportConfig, *, say: Callable[[str], None] = lambda _: N
 
 def _export_one(
     classifier: Classifier,
-    spec: ModelSpec,
     variant: Variant,
-    config: ExportConfig,
-    pictures: Sequence[Picture],
     folder: Path,
+    *,
+    spec: ModelSpec,
+    family: str,
+    pictures: Sequence[Picture],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     side = input_side(spec, variant)
@@ -149,7 +152,7 @@ def _export_one(
     if variant.precision == "int8":
         calibration, pictures = _split(pictures)
         model, quantization = _quantized(model, classifier, variant, calibration, say)
-    onnx_file.finish(model, spec=spec, variant=variant, family=config.name)
+    onnx_file.finish(model, spec=spec, variant=variant, family=family)
     path = onnx_file.write(model, folder)
     onnx_file.check(path)
     session = onnx_file.load(path)
@@ -158,8 +161,9 @@ def _export_one(
     )
     return {
         "schema_version": REPORT_SCHEMA,
-        "variant": variant.as_json(config.name),
+        "variant": variant.as_json(family),
         "interface": interface(classifier, variant).as_json(),
+        "multiply_adds": multiply_adds(classifier, views=variant.views),
         "file": {
             "sha256": onnx_file.sha256(path),
             "bytes": sum(file.stat().st_size for file in folder.iterdir()),
@@ -216,35 +220,39 @@ def _quantized(
 
 
 def _verify_hot(
-    session: onnxruntime.InferenceSession, classifier: Classifier, variant: Variant, pictures: Sequence[Picture]
+    session: onnxruntime.InferenceSession,
+    classifier: Classifier,
+    variant: Variant,
+    pictures: Sequence[Picture],
 ) -> dict[str, Any]:
     """The graph against the network, both on the pixels that evaluation sees."""
     side = input_side(classifier.spec, variant)
     images_MHWC = decoded(pictures, classifier.spec.preprocessing, side)
     reference = answer_torch(classifier, images_MHWC, views=variant.views)
-    answers = [answer_onnx(session, images_MHWC, size) for size in BATCH_SIZES]
-    return _judge(session, variant, pictures, reference, answers, BATCH_SIZES)
+    answers = {size: answer_onnx(session, images_MHWC, size) for size in BATCH_SIZES}
+    return _judge(session.get_providers()[0], variant, pictures, reference, answers)
 
 
 def _verify_whole(
-    session: onnxruntime.InferenceSession, classifier: Classifier, variant: Variant, pictures: Sequence[Picture]
+    session: onnxruntime.InferenceSession,
+    classifier: Classifier,
+    variant: Variant,
+    pictures: Sequence[Picture],
 ) -> dict[str, Any]:
     """The graph on pixels of full size, against the network on what the one preprocessing makes of them."""
     pairs = raw_pixels(pictures)
     lossless = [picture for picture, _ in pairs]
     images_MHWC = decoded(lossless, classifier.spec.preprocessing, classifier.spec.preprocessing.crop)
     reference = answer_torch(classifier, images_MHWC)
-    answers = []
+    answers = {}
     for size in WHOLE_BATCHES:
         each = [answer_onnx(session, _beside_mirrored(pixels_HWC, size), size) for _, pixels_HWC in pairs]
         # The picture itself is the last of its batch.
-        answers.append(
-            Answered(
-                np.concatenate([answer.scores_MK[-1:] for answer in each]),
-                np.concatenate([answer.features_MF[-1:] for answer in each]),
-            )
+        answers[size] = Answered(
+            np.concatenate([answer.scores_MK[-1:] for answer in each]),
+            np.concatenate([answer.features_MF[-1:] for answer in each]),
         )
-    return _judge(session, variant, lossless, reference, answers, WHOLE_BATCHES)
+    return _judge(session.get_providers()[0], variant, lossless, reference, answers)
 
 
 def _beside_mirrored(pixels_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -254,33 +262,36 @@ def _beside_mirrored(pixels_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uin
 
 
 def _judge(
-    session: onnxruntime.InferenceSession,
+    provider: str,
     variant: Variant,
     pictures: Sequence[Picture],
     reference: Answered,
-    answers: Sequence[Answered],
-    batch_sizes: Sequence[int],
+    answers: Mapping[int, Answered],
 ) -> dict[str, Any]:
-    """Compare, refuse what is beyond the limits, and report what was found."""
+    """Compare (`answers` by batch size), refuse what is beyond the limits, and report what was found."""
     what = f"the exported graph ({variant.graph}, {variant.precision}, {variant.views} view(s))"
     limits: Limits = variant.limits
-    comparison: Comparison = compare(reference, answers, [picture.name for picture in pictures], limits)
+    comparison: Comparison = compare(
+        reference, list(answers.values()), [picture.name for picture in pictures], limits
+    )
     enforce(comparison, limits, what)
     labels = [picture.label for picture in pictures]
-    before, after = (accuracy(answered.scores_MK, labels) for answered in (reference, answers[-1]))
+    before, after = (
+        accuracy(answered.scores_MK, labels) for answered in (reference, list(answers.values())[-1])
+    )
     enforce_accuracy(before, after, limits, what)
     fingerprint = hashlib.sha256("".join(sorted(picture.sha256 for picture in pictures)).encode())
     return {
         "passed": True,
         "reference": "the checkpoint's network in PyTorch, fp32, after topfive.preprocessing.decode",
-        "provider": session.get_providers()[0],
+        "provider": provider,
         "corpus": {
             "drawn": sum(picture.drawn for picture in pictures),
             "given": sum(not picture.drawn for picture in pictures),
             "labelled": sum(label is not None for label in labels),
             "sha256": fingerprint.hexdigest(),
         },
-        "batch_sizes": list(batch_sizes),
+        "batch_sizes": list(answers),
         "limits": dataclasses.asdict(limits),
         "agreement": dataclasses.asdict(comparison),
         "accuracy": None

@@ -18,10 +18,11 @@ from topfive_export.variant import ExportError, Precision, Target, Variant
 CONFIG_FILE: Final = "config.pbtxt"
 LABELS_FILE: Final = "labels.txt"
 REPORT_FILE: Final = "report.json"
+MODEL_FILE: Final = "model.onnx"
 REPORT_SCHEMA: Final = 1
 """Version of the layout of `report.json`."""
 MAX_NAME: Final = 100
-_STAGING: Final = ".topfive-export-"
+_STAGING: Final = "-topfive-export-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,14 @@ def check_name(name: str) -> str:
 
 def all_variants() -> list[Variant]:
     """Every variant that can be exported."""
-    variants = [Variant(graph="image")]
-    for views in (1, 10):
-        for precision in get_args(Precision):
-            for target in get_args(Target):
-                if (precision, target) not in {("fp16", "cpu"), ("int8", "cuda")}:
-                    variants.append(Variant(precision=precision, target=target, views=views))
-    return variants
+    plain = [
+        Variant(precision=precision, target=target, views=views)
+        for views in (1, 10)
+        for precision in get_args(Precision)
+        for target in get_args(Target)
+        if (precision, target) not in {("fp16", "cpu"), ("int8", "cuda")}
+    ]
+    return [Variant(graph="image"), *plain]
 
 
 def versions(model: Path) -> list[int]:
@@ -199,9 +201,7 @@ class Staging:
                 if target.exists():
                     source, target = source / str(number), target / str(number)
                 _sync(source)
-                if target.exists():
-                    raise ExportError(f"{target} has appeared meanwhile; run the export again")
-                source.rename(target)
+                _rename_if_free(source, target)
                 done.append((target, source))
             _sync_folder(self._out)
         except BaseException:
@@ -213,17 +213,28 @@ class Staging:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Staging]:
-    """A staging area in the repository itself, on the same disk; gone afterwards, whatever happens."""
+    """A staging area on the repository's disk, but outside it where possible; gone afterwards, whatever happens.
+
+    An export that is killed leaves its hidden folder behind. Triton takes every folder of a repository for a model and
+    does not start with one that is none, so it had better not lie inside.
+    """
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    # Triton and our own server pass over names that begin with a dot.
-    folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=out))
+    parent = out.resolve().parent
+    beside = parent.stat().st_dev == out.stat().st_dev and os.access(parent, os.W_OK)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.resolve().name}{_STAGING}", dir=parent if beside else out))
     try:
         yield Staging(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if not existed and not any(out.iterdir()):
             out.rmdir()
+
+
+def _rename_if_free(source: Path, target: Path) -> None:
+    if target.exists():
+        raise ExportError(f"{target} has appeared meanwhile; run the export again")
+    source.rename(target)
 
 
 def _sync(folder: Path) -> None:

@@ -8,15 +8,12 @@ from typing import Any, Final
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 LATENCY_BATCHES: Final = (1, 4, 16)
 """Batch sizes that every report times."""
 
 
-def latency_ms(
-    session: onnxruntime.InferenceSession, side: int, batch_size: int, *, runs: int = 5
-) -> float:
+def latency_ms(session: onnxruntime.InferenceSession, side: int, batch_size: int, *, runs: int = 5) -> float:
     """Milliseconds of one call with `batch_size` random squares: the best of `runs`, after one to warm up.
 
     The best, because whatever else the machine does only ever adds to it.
@@ -55,5 +52,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-

@@ -106,7 +106,9 @@ class Variant:
                 "copy every layer to the processor; use fp16 there"
             )
         if self.graph == "image" and (self.precision != "fp32" or self.target != "cpu" or self.views != 1):
-            raise UnsupportedVariantError("the whole graph (with resize and crop inside) exists in fp32, one view, only")
+            raise UnsupportedVariantError(
+                "the whole graph (with resize and crop inside) exists in fp32, one view, only"
+            )
 
     def model_name(self, family: str) -> str:
         """The folder in the repository, e.g. `alexnet`, `alexnet_image`, `alexnet_int8`, `alexnet_views10_fp16`."""

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from topfive.model_spec import Architecture, ArchitectureName, ModelSpec, Preprocessing
+from topfive_export.corpus import decoded, drawn_pictures
 from topfive_export.pipeline import ExportConfig, run_export
 from topfive_training.checkpoint import Classifier, save_model
 from topfive_training.network import AlexNet, published_architecture
@@ -70,6 +72,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the 2012 network, with a mean image."""
     folder = tmp_path_factory.mktemp("checkpoint")
     save_model(folder, make_classifier(mean_image=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images to calibrate and to measure on: every other one is the mirror image of the one before."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for index, square in enumerate(decoded(drawn_pictures(), Preprocessing(), 227)):
+        image = Image.fromarray(square)
+        image.save(folder / f"{index:02}.png")
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / f"{index:02}_mirrored.png")
     return folder
 
 

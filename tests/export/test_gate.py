@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.export.conftest import make_classifier
 
 from topfive.cli import main
 from topfive_export import pipeline
@@ -15,8 +16,6 @@ from topfive_export.graphs import ExportGraph, build_graph
 from topfive_export.pipeline import ExportConfig, run_export
 from topfive_export.variant import FP32_LIMITS, ExportError, Limits, Variant
 from topfive_training.checkpoint import Classifier, save_model
-
-from .conftest import make_classifier
 
 
 def _broken_mean(classifier: Classifier) -> None:
@@ -147,7 +146,7 @@ def test_near_ties_are_counted_and_only_excused_where_the_limits_say_so() -> Non
         near_ties_excused=False,
         accuracy_drop=0.0,
     )
-    with pytest.raises(Disagreement, match="top-1 answers agree on 90.0%"):
+    with pytest.raises(Disagreement, match=r"top-1 answers agree on 90\.0%"):
         enforce(comparison, strict, "the graph")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.export.conftest import make_classifier
 
 from topfive.model_spec import ArchitectureName, Preprocessing
 from topfive.preprocessing import decode
@@ -13,10 +14,10 @@ from topfive_export.graphs import BandNorm, CentralResize, FoldedConvolution, bu
 from topfive_export.variant import Variant
 from topfive_training.network import LocalResponseNorm
 
-from .conftest import make_classifier
 
-
-@pytest.mark.parametrize(("towers", "beta", "k", "size"), [(2, 0.75, 2.0, 5), (1, 0.5, 1.0, 3), (1, 0.75, 1.0, 5)])
+@pytest.mark.parametrize(
+    ("towers", "beta", "k", "size"), [(2, 0.75, 2.0, 5), (1, 0.5, 1.0, 3), (1, 0.75, 1.0, 5)]
+)
 def test_band_norm_is_the_response_norm(towers: int, beta: float, k: float, size: int) -> None:
     channels = 16
     norm = LocalResponseNorm(channels, towers=towers, size=size, alpha=0.3, beta=beta, k=k)
@@ -53,7 +54,9 @@ def test_the_folded_first_layer_takes_raw_pixels(
     side = classifier.spec.preprocessing.crop
     network = classifier.network
     folded = FoldedConvolution(network, classifier.mean, classifier.std, side)
-    pixels = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randint(
+        0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         expected = network.conv1(network._padded(classifier.normalize(pixels)))
         actual = folded(network._padded(pixels.permute(0, 3, 1, 2).float()))
@@ -66,7 +69,9 @@ def test_folding_knows_the_padding_of_sizes_that_leave_a_remainder() -> None:
     folded = FoldedConvolution(classifier.network, classifier.mean, classifier.std, 224)
     pixels = torch.randint(0, 256, (1, 3, 224, 224), generator=torch.Generator().manual_seed(2)).float()
     with torch.no_grad():
-        expected = classifier.network.conv1(classifier.network._padded((pixels - classifier.mean) / classifier.std))
+        expected = classifier.network.conv1(
+            classifier.network._padded((pixels - classifier.mean) / classifier.std)
+        )
         actual = folded(classifier.network._padded(pixels))
     assert torch.allclose(actual, expected, atol=1e-4 * float(expected.abs().max()))
 
