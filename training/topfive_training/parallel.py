@@ -188,6 +188,8 @@ class Parallelism:
             part.fc8 = _linear(_SummedTowers, part.fc8, inputs=size, bias=first).joined(self.links)
             part.norm1, part.norm2 = _tower_norm(part.norm1), _tower_norm(part.norm2)
         part.to(self.whole.fc8.weight).train(self.whole.training)  # device and type
+        if self.whole.conv2.weight.is_contiguous(memory_format=torch.channels_last):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         part.load_state_dict({name: self.slice(name, state[name]) for name in part.state_dict()})
         after_fc6, after_fc7 = part.fc6.out_features, self.whole.fc7.out_features // size
         if part.shape.dropout_before:
