@@ -31,7 +31,7 @@ def section_of(command: Command) -> str:
 
 def reference() -> str:
     """All commands."""
-    sections = [section_of(command) for command in COMMANDS if command.exists()]
+    sections = [section_of(command) for command in COMMANDS]
     return f"{HEADING}\n" + "\n".join(sections)
 
 

@@ -95,7 +95,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         Command(name="fail", target="part.fake:fail", summary="Fail.", extra="training"),
         Command(name="extra", target="part.needs_extra:go", summary="Not here.", extra="server"),
         Command(name="import this", target="part.fake:fail", summary="This."),
-        Command(name="later", target="part.not_written:go", summary="Not yet."),
     )
     return lambda *arguments: main(arguments, commands=commands)
 
@@ -104,7 +103,6 @@ def test_help_lists_summaries_without_loading_a_part(run: Run, capsys: pytest.Ca
     assert run("--help") == 0
     out = capsys.readouterr().out
     assert "Work, in one line." in out
-    assert "later" not in out, "a command without a module is not offered"
     assert "part.fake" not in sys.modules
 
 
@@ -179,7 +177,6 @@ def test_a_named_configuration_file_must_exist(
         (["work", "here", "--epoch", "3"], "--epochs"),
         (["work", "here", "--epochs", "three"], "three"),
         (["work", "here", "--epochs", "0"], "epochs is 0; it must be at least 1"),
-        (["later"], 'There is no command "later"'),
         (["import", "that"], 'did you mean "import this"?'),
     ],
 )
@@ -266,8 +263,6 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
 def test_every_command_is_a_plain_function_with_help(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not command.exists():
-        pytest.skip(f"{command.module} is not written yet")
     function = getattr(importlib.import_module(command.module), command.target.partition(":")[2])
     assert inspect.isfunction(function)
     assert not inspect.iscoroutinefunction(function)

@@ -105,7 +105,8 @@ def test_refusals_of_the_request_exit_1_in_the_servers_words(
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["x.jpg", "--top-k", "many"], ["x.jpg", "--colour"], ["x.jpg", "--json=3"], ["-x"], ["--", "-x"]]
+    "options",
+    [[], ["x.jpg", "--top-k", "many"], ["x.jpg", "--colour"], ["x.jpg", "--json=3"], ["-x"], ["--", "-x"]],
 )
 def test_bad_usage_exits_2(options: list[str]) -> None:
     assert main(["classify", *options]) == 2

@@ -44,8 +44,6 @@ def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
     )
     groups = {name: App(name=name, help=text, sort_key=len(commands)) for name, text in GROUPS.items()}
     for position, command in enumerate(commands):
-        if not command.exists():
-            continue
         group, _, name = command.name.rpartition(" ")
         parent = app
         if group:
@@ -63,7 +61,7 @@ def _format_error(error: CycloptsError, commands: Sequence[Command]) -> Any:
         return CycloptsPanel(error)
     group = f"{' '.join(error.command_chain)} " if error.command_chain else ""
     wrong = group + (error.unused_tokens or [""])[0]
-    names = [command.name for command in commands if command.name.startswith(group) and command.exists()]
+    names = [command.name for command in commands if command.name.startswith(group)]
     close = difflib.get_close_matches(wrong, names, n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"the commands are {', '.join(names)}."
     return CycloptsPanel(f'There is no command "{wrong}"; {hint}')

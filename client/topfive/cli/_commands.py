@@ -4,7 +4,6 @@ A command names its function as `"module:function"`; cyclopts imports the module
 `topfive --help` loads no part.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,13 +25,6 @@ class Command:
     def module(self) -> str:
         """Name of the module that holds the function."""
         return self.target.partition(":")[0]
-
-    def exists(self) -> bool:
-        """Whether the module is there; nothing of it is run, only its parent packages."""
-        try:
-            return importlib.util.find_spec(self.module) is not None
-        except ModuleNotFoundError:
-            return False
 
     def is_named_by(self, tokens: Sequence[str]) -> bool:
         """Whether a command line of these words runs this command."""

@@ -17,7 +17,7 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
     Args:
         shell: the shell to write for.
     """
-    modules = {command.module for command in COMMANDS if command.exists()}
+    modules = {command.module for command in COMMANDS}
     loaded = {module for module in sorted(modules) if _loads(module)}
     commands = [command for command in COMMANDS if command.module in loaded]
     print(build_app([], commands).generate_completion(shell=shell))  # noqa: T201
