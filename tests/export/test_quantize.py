@@ -1,0 +1,154 @@
+"""int8: calibrated on one half, judged on the other, with layers left in fp32 only where they have to be."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tests.export.conftest import make_classifier
+
+from topfive.cli import main
+from topfive_export import pipeline, quantize
+from topfive_export.gate import answer_torch
+from topfive_export.graphs import build_graph
+from topfive_export.onnx_file import trace
+from topfive_export.pipeline import ExportConfig, run_export
+from topfive_export.quantize import LAYERS, Scheme, prepare, weight_nodes
+from topfive_export.variant import ExportError, Limits, Variant
+
+INT8 = Variant(precision="int8")
+
+
+def _limits(relative_difference: float) -> Limits:
+    return Limits(
+        probability_difference=None,
+        relative_difference=relative_difference,
+        top1_agreement=0.0,
+        top5_agreement=0.0,
+        near_ties_excused=False,
+        accuracy_drop=1.0,
+    )
+
+
+def test_an_int8_version_is_smaller_and_reports_how_it_was_made(
+    checkpoint: Path, photographs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "models"
+    published = run_export(ExportConfig(run=checkpoint, out=out, precision="int8", images=photographs))
+    report = json.loads((out / "alexnet_int8" / "1" / "report.json").read_text())
+    assert json.loads(json.dumps(published[0].report)) == report
+    assert report["corpus"]["given"] + len(report["quantization"]["calibration_sha256"]) == len(
+        list(photographs.iterdir())
+    )
+    assert report["corpus"]["drawn"] == 0
+    assert {"minmax", "percentile-99.99"} <= set(report["quantization"]["relative_difference_by_scheme"])
+    assert report["agreement"]["top1_agreement_all"] >= 0.9
+    model = onnx.load(out / "alexnet_int8" / "1" / "model.onnx")
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    quantized = [
+        name for name, kind in kinds.items() if kind == onnx.TensorProto.INT8 and "weight_quant" in name
+    ]
+    assert len(quantized) == len(LAYERS) - len(report["quantization"]["skipped"])
+    assert "topfive" in {entry.key for entry in model.metadata_props}
+
+
+def test_a_max_pool_is_followed_by_a_relu_that_changes_nothing() -> None:
+    classifier = make_classifier()
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+    images = np.random.default_rng(0).integers(0, 256, (2, 227, 227, 3), dtype=np.uint8)
+    expected = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    prepare(model)
+    actual = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for one, other in zip(
+        expected.run(None, {"image": images}), actual.run(None, {"image": images}), strict=True
+    ):
+        assert np.allclose(one, other, atol=1e-6)
+    readers = {name: node.op_type for node in model.graph.node for name in node.input}
+    pools = [node for node in model.graph.node if node.op_type == "MaxPool"]
+    assert len(pools) == 3
+    assert {readers[pool.output[0]] for pool in pools} == {"Relu"}
+    layers, norms = weight_nodes(model)
+    assert list(layers) == list(LAYERS)
+    assert len(norms) == 2
+
+
+def test_the_layer_that_costs_accuracy_stays_in_fp32() -> None:
+    classifier = make_classifier(width=0.1)
+    images = np.random.default_rng(1).integers(0, 256, (16, 227, 227, 3), dtype=np.uint8)
+    images[::2] = images[::2] // 4 + 90
+    # Two columns of huge weights that cancel each other: 8 bits for what enters and leaves is too few.
+    network = classifier.network
+    with torch.no_grad():
+        network.fc7.weight[1] = network.fc7.weight[0]
+        network.fc7.bias[1] = network.fc7.bias[0]
+        network.fc8.weight[:, 0] += 400
+        network.fc8.weight[:, 1] -= 400
+        network.fc7.weight[:2] *= 40
+    reference = answer_torch(classifier, images)
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+    said: list[str] = []
+    candidates = (Scheme(ranges="minmax"),)
+    free = quantize.quantize(model, images, reference, _limits(1e9), candidates=candidates)
+    assert free.scheme.skipped == ()
+    everything = free.tried["minmax"]
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+    limits = _limits(everything)  # the search wants a fifth to spare
+    found = quantize.quantize(model, images, reference, limits, candidates=candidates, say=said.append)
+    assert "fc8" in found.scheme.skipped
+    assert len(found.scheme.skipped) <= 3
+    assert min(found.tried.values()) < 0.8 * everything
+    # All layers in int8, each one alone in fp32, and then the choice.
+    assert len(said) >= 1 + len(LAYERS) + 1
+
+
+def test_beyond_the_limits_even_so_is_refused() -> None:
+    classifier = make_classifier()
+    images = np.random.default_rng(1).integers(0, 256, (8, 227, 227, 3), dtype=np.uint8)
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+    with pytest.raises(ExportError, match=r"even with .* in fp32 .*; serve this checkpoint in fp32"):
+        quantize.quantize(
+            model,
+            images,
+            answer_torch(classifier, images),
+            _limits(1e-9),
+            candidates=(Scheme(ranges="minmax"),),
+        )
+
+
+def test_an_int8_graph_that_fails_on_unseen_images_is_refused(
+    checkpoint: Path,
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = quantize.quantize
+
+    def of_another_network(
+        model: onnx.ModelProto, *arguments: object, **options: object
+    ) -> quantize.Quantized:
+        found = real(model, *arguments, **options)  # type: ignore[arg-type]
+        for tensor in found.model.graph.initializer:
+            if tensor.name.endswith("fc8.weight_scale"):
+                scales = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(scales[::-1] * -3, tensor.name))
+        return found
+
+    monkeypatch.setattr(pipeline, "quantize", of_another_network)
+    out = tmp_path / "models"
+    arguments = [
+        "export",
+        str(checkpoint),
+        "--out",
+        str(out),
+        "--precision",
+        "int8",
+        "--images",
+        str(photographs),
+    ]
+    assert main(arguments) == 1
+    assert "does not answer as the trained network does" in capsys.readouterr().err
+    assert not out.exists()
