@@ -4,6 +4,7 @@
 `OpenInference`; everything else is FastAPI.
 """
 
+import asyncio
 import logging
 from collections.abc import Iterable, MutableMapping
 from time import monotonic
@@ -24,6 +25,7 @@ from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
     BadRequestError,
+    DrainingError,
     InternalError,
     MethodNotAllowedError,
     NotFoundError,
@@ -64,6 +66,8 @@ class Application:
         self.metrics = metrics
         self.admission = Admission(max_images=config.max_queue_images, max_bytes=config.max_queue_bytes)
         self.draining = False
+        self.cut_off = 0
+        """Requests that were still under way when the drain time was over."""
         self.reloader = reloader
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
@@ -92,6 +96,12 @@ class Application:
             await self._route(exchange, receive)
         except RequestError as error:
             await exchange.answer_problem(error)
+        except asyncio.CancelledError:  # only at the end of the drain time
+            self.cut_off += 1
+            if not exchange.status:
+                await exchange.answer_problem(
+                    DrainingError("the server stopped before the answer was there", retry_after_s=1)
+                )
         except Exception:
             log.exception(
                 "a request failed because of a mistake of ours", extra={"request_id": exchange.request_id}
@@ -135,7 +145,11 @@ class Application:
         slow = seconds * 1000 > config.slow_request_ms
         if not (config.log_requests or slow or exchange.status >= 500):
             return
-        level = logging.ERROR if exchange.status >= 500 else logging.WARNING if slow else logging.INFO
+        level = logging.INFO
+        if slow or exchange.status > 500:  # 503 and 504 are states; 500 is a fault
+            level = logging.WARNING
+        elif exchange.status == 500:
+            level = logging.ERROR
         if not requests_log.isEnabledFor(level):
             return
         client = exchange.scope.get("client")

@@ -94,15 +94,18 @@ async def run(
         application = Application(
             config, models=models, pool=pool, metrics=metrics, reloader=reloader if config.admin else None
         )
-        server = Server(application, config)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        url = f"{'https' if config.tls_certificate else 'http'}://{shown}:{port}"
+        server = Server(
+            application,
+            config,
+            on_listening=lambda: log.info("serving", extra={"url": url, "model": models.default_name()}),
+        )
         for version in await loader.start():
             reloader.adopt(version)
         if config.watch:
             watch = asyncio.create_task(reloader.watch(config.watch_interval_s))
-        host, port = listener.getsockname()[:2]
-        scheme = "https" if config.tls_certificate else "http"
-        shown = f"[{host}]" if ":" in host else host
-        log.info("serving", extra={"url": f"{scheme}://{shown}:{port}", "model": models.default_name()})
         await server.serve(sockets=[listener])
         log.info("stopped")
         return EXIT_LOST if server.lost_requests else 0

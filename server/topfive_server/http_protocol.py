@@ -9,7 +9,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from topfive_server.config import ServerConfig
 from topfive_server.errors import BadRequestError, BodyTimeoutError, HeadersTooLargeError, RequestError
 
-GOODBYE_S: Final = 0.5
+GOODBYE_S: Final = 1.0
 """Seconds between the listener's end and the end of idle connections: a request may be on its way in one."""
 
 
@@ -24,6 +24,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_bytes = 0
         self._reading_headers = False
+        self._begun = False
         self._leaving = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -49,6 +50,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         if not self._reading_headers:
             self._expect_headers()
+        self._begun = True
 
     def on_headers_complete(self) -> None:
         """Stop the clock, and hand the request on unless its headers are too large."""
@@ -98,6 +100,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _expect_headers(self) -> None:
         self._reading_headers = True
+        self._begun = False
         self._header_bytes = 0
         self._stop_timer()
         self._header_timer = self.loop.call_later(self.limits.header_timeout_s, self._headers_too_slow)
@@ -108,7 +111,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._header_timer = None
 
     def _headers_too_slow(self) -> None:
-        if self._header_bytes == 0:
+        if not self._begun:
             self.transport.close()  # an idle connection has asked nothing; there is nothing to answer
         else:
             seconds = self.limits.header_timeout_s

@@ -12,13 +12,13 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import uvicorn
 
 from topfive_server.app import Application
 from topfive_server.config import ServerConfig
-from topfive_server.http_protocol import guarded
+from topfive_server.http_protocol import GuardedProtocol, guarded
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,13 @@ log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """Uvicorn, driven by us: its signal handling would end the process with the signal instead of 0."""
 
-    def __init__(self, application: Application, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        application: Application,
+        config: ServerConfig,
+        *,
+        on_listening: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 application,
@@ -46,6 +52,7 @@ class Server(uvicorn.Server):
             )
         )
         self._application = application
+        self._on_listening = on_listening
         self._drain_delay_s = config.drain_delay_s
         self._draining: asyncio.Task[None] | None = None
 
@@ -79,10 +86,43 @@ class Server(uvicorn.Server):
         self._application.refuse_new()
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then call `on_listening`: from here on a connection is not refused."""
+        await super().startup(sockets)
+        self._on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listener without resetting the connections that the kernel has accepted in our name."""
+        loop = asyncio.get_running_loop()
+        adopted = [connection for listener in sockets or [] for connection in _accept_all(listener)]
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        for connection in adopted:
+            with contextlib.suppress(OSError):  # its client has left, or its TLS handshake failed
+                await loop.connect_accepted_socket(self._make_protocol, connection, ssl=self.config.ssl)
+        await super().shutdown(sockets)
+
     @property
     def lost_requests(self) -> bool:
-        """Whether requests were still under way when the drain time was over, or were cut off by force."""
-        return self.force_exit or bool(self.server_state.tasks)
+        """Whether requests were cut off: at the end of the drain time, or by force."""
+        return self.force_exit or self._application.cut_off > 0
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        protocol: type[GuardedProtocol] = self.config.http_protocol_class  # type: ignore[assignment]  # ours
+        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+
+def _accept_all(listener: socket.socket) -> list[socket.socket]:
+    """The connections that wait to be accepted."""
+    accepted = []
+    with contextlib.suppress(OSError):  # BlockingIOError: there is no more
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            accepted.append(connection)
+    return accepted
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -80,7 +80,7 @@ class Harness:
             raise self.error
 
     def stop(self) -> None:
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self.application.draining:
             self.loop.call_soon_threadsafe(self.server.stop)
         self._thread.join(20)
         assert not self._thread.is_alive()
@@ -162,19 +162,14 @@ class Harness:
                 await model.start()
                 models.add(model)
                 engine.batches.clear()
-            self.server = Server(self.application, self.config)
-            self.loop.call_soon(self._watch_start)
+            self.server = Server(self.application, self.config, on_listening=self._started.set)
             await self.server.serve(sockets=[self.listener])
         finally:
+            for engine in self.engines:
+                engine.gate.set()
             for model in list(models):
                 await model.close()
             pool.close()
-
-    def _watch_start(self) -> None:
-        if self.server.started:
-            self._started.set()
-        else:
-            self.loop.call_later(0.005, self._watch_start)
 
 
 def factory(engine: FakeEngine) -> Callable[[], Coroutine[Any, Any, Engine]]:
@@ -204,7 +199,6 @@ def serving(*engines: FakeEngine, **settings: Any) -> Iterator[Harness]:
     try:
         yield harness
     finally:
-        harness.engine.gate.set()
         harness.stop()
 
 

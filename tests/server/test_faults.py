@@ -1,0 +1,288 @@
+"""Faults injected for real: raw sockets that send nonsense, too much, too little, too slowly, or leave."""
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tests.server.fakes import FakeEngine, picture
+from tests.server.harness import Harness, eventually, read_reply, serving
+
+from topfive.preprocessing import decode
+
+POST = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Harness]:
+    with serving(
+        max_body_bytes=200_000,
+        header_timeout_s=0.4,
+        body_timeout_s=0.4,
+        max_header_bytes=8192,
+        keep_alive_s=5,
+    ) as harness:
+        yield harness
+
+
+@pytest.fixture(autouse=True)
+def others_are_unaffected(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every fault the module's server answers as before, and holds nothing of the request that failed."""
+    yield
+    if "server" in request.fixturenames:
+        server: Harness = request.getfixturevalue("server")
+        assert server.classify(picture(3)).classes == [3]
+        eventually(lambda: server.application.admission.bytes == 0)
+        assert server.application.admission.images == 0
+        assert server.model.batcher.expected == 0
+
+
+def closed_by_server(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32),  # somebody speaks TLS
+        b"hello\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        POST + b"Content-Length: -1\r\n\r\n",
+        POST + b"Content-Length: many\r\n\r\n",
+        POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Content-Length: 99999999999999999999999\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\nhello\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
+        POST + b"X\x00Y: 1\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_gets_400_and_a_sentence(server: Harness, data: bytes) -> None:
+    reply = server.raw(data)
+    assert (reply.status, reply.code) == (400, "bad-request")
+
+
+def test_no_content_length_is_an_empty_body(server: Harness) -> None:
+    reply = server.raw(POST + b"\r\n")
+    assert (reply.status, reply.code) == (400, "bad-request")
+    assert "no body" in reply.json["detail"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        POST + b"X-Long: " + b"x" * 9000 + b"\r\n\r\n",
+        POST + b"".join(b"X-%d: y\r\n" % i for i in range(1000)) + b"\r\n",
+        POST + b"X-Endless: " + b"x" * 20_000,
+    ],
+)
+def test_huge_headers(server: Harness, head: bytes) -> None:
+    reply = server.raw(head)
+    assert (reply.status, reply.code) == (431, "headers-too-large")
+
+
+def test_slow_headers(server: Harness) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"POST /v1/classify HTTP/1.1\r\n")
+        time.sleep(0.2)
+        connection.sendall(b"Host: x\r\n")  # a byte now and then does not restart the clock
+        reply = read_reply(connection)
+        assert (reply.status, reply.code) == (408, "body-timeout")
+        assert closed_by_server(connection)
+
+
+def test_a_connection_that_never_asks_is_closed(server: Harness) -> None:
+    with server.connect() as connection:
+        assert closed_by_server(connection)
+
+
+def test_slow_headers_of_a_second_request(server: Harness) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_reply(connection).status == 200
+        connection.sendall(b"GET /heal")
+        assert read_reply(connection).status == 408
+        assert closed_by_server(connection)
+
+
+@pytest.mark.parametrize("drip", [b"", b"x"])
+def test_slow_body(server: Harness, drip: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(POST + b"Content-Length: 1000\r\n\r\nabc")
+        for _ in range(2):
+            time.sleep(0.1)
+            connection.sendall(drip)
+        reply = read_reply(connection)
+        assert (reply.status, reply.code) == (408, "body-timeout")
+        assert closed_by_server(connection)
+
+
+def test_a_deadline_shorter_than_the_body_takes(server: Harness) -> None:
+    with server.connect() as connection:
+        connection.sendall(POST + b"X-Timeout-Ms: 100\r\nContent-Length: 1000\r\n\r\nabc")
+        reply = read_reply(connection)
+        assert (reply.status, reply.code) == (504, "deadline-exceeded")
+
+
+def test_a_declared_body_too_large_is_refused_before_it_is_sent(server: Harness) -> None:
+    reply = server.raw(POST + b"Content-Length: 200001\r\nExpect: 100-continue\r\n\r\n")
+    assert (reply.status, reply.code) == (413, "too-large")
+
+
+def test_an_endless_chunked_body_is_refused_while_it_streams(server: Harness) -> None:
+    with server.connect() as connection:
+        connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+        sent = 0
+        try:
+            while sent < 50_000_000:
+                connection.sendall(b"1000\r\n" + bytes(4096) + b"\r\n")
+                sent += 4096
+        except OSError:
+            pass  # the server has closed
+        assert sent < 50_000_000
+    eventually(
+        lambda: (
+            server.metric("topfive_requests_total", route="/v1/classify", status="413", code="too-large") >= 1
+        )
+    )
+
+
+def test_tens_of_thousands_of_tiny_chunks(server: Harness) -> None:
+    data = picture(9, size=(200, 100), form="BMP")
+    assert len(data) > 60_000
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in data)
+    reply = server.raw(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert reply.classes == [9]
+
+
+def test_a_body_cut_short_by_the_client(server: Harness) -> None:
+    before = server.engine.seen
+    with server.connect() as connection:
+        connection.sendall(POST + b"Content-Length: 1000\r\n\r\nabc")
+        eventually(lambda: server.application.admission.bytes == 3)
+    eventually(lambda: server.application.admission.bytes == 0)
+    assert server.engine.seen == before
+    eventually(
+        lambda: (
+            server.metric("topfive_requests_total", route="/v1/classify", status="499", code="client-gone")
+            >= 1
+        )
+    )
+
+
+def test_a_connection_reset_in_mid_upload(server: Harness) -> None:
+    with server.connect() as connection:
+        connection.sendall(POST + b"Content-Length: 1000\r\n\r\nabc")
+        # Closing with a linger time of zero sends RST instead of FIN.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_pipelined_requests_are_answered_in_order(server: Harness) -> None:
+    with server.connect() as connection:
+        for red in (1, 2, 3):
+            body = picture(red)
+            connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answers = connection.makefile("rb")
+        heads = b""
+        while heads.count(b'"top"') < 3:
+            heads += answers.readline()
+            if b'"images"' in heads[-4000:] or heads.endswith(b"\r\n\r\n"):
+                heads += answers.read1(65536)
+        assert [heads.index(b'"class": %d,' % red) for red in (1, 2, 3)] == sorted(
+            heads.index(b'"class": %d,' % red) for red in (1, 2, 3)
+        )
+
+
+def test_hundreds_of_idle_connections_hurt_nobody(server: Harness) -> None:
+    idle = [server.connect() for _ in range(500)]
+    try:
+        for connection in idle[::2]:
+            connection.sendall(POST + b"Content-Length: 100\r\n\r\n")
+        with ThreadPoolExecutor(8) as threads:
+            replies = list(threads.map(lambda red: server.classify(picture(red)), range(100)))
+        assert [reply.classes for reply in replies] == [[red] for red in range(100)]
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_a_client_that_leaves_while_it_waits_is_computed_for_by_nobody() -> None:
+    with serving() as server, ThreadPoolExecutor() as threads:
+        server.hold()
+        first = threads.submit(server.classify, picture(1))
+        eventually(lambda: server.engine.seen == [1])
+        with server.connect() as connection:
+            body = picture(2)
+            connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            eventually(lambda: server.model.batcher.depth == 1)
+        eventually(lambda: server.application.admission.images == 1)
+        third = threads.submit(server.classify, picture(3))
+        eventually(lambda: server.model.batcher.depth == 2)
+        server.release()
+        assert (first.result().classes, third.result().classes) == ([1], [3])
+        assert server.engine.seen == [1, 3]
+        assert server.metric("topfive_dropped_images_total", stage="engine", reason="client-gone") == 1
+
+
+def test_a_client_that_leaves_is_not_even_decoded_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    free = threading.Event()
+
+    def slow_decode(data: bytes, *arguments: object, **options: object) -> object:
+        free.wait(10)
+        decoded.append(len(data))
+        return decode(data, *arguments, **options)  # type: ignore[arg-type]
+
+    with serving() as server, ThreadPoolExecutor() as threads:
+        monkeypatch.setattr("topfive_server.decode_pool.decode", slow_decode)
+        stays = [threads.submit(server.classify, picture(red)) for red in (1, 2)]  # both decode threads
+        eventually(lambda: server.model.batcher.expected == 2)
+        with server.connect() as connection:
+            body = picture(3, size=(50, 50))
+            connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            eventually(lambda: server.application.admission.images == 3)
+        eventually(lambda: server.application.admission.images == 2)
+        free.set()
+        assert sorted(future.result().classes[0] for future in stays) == [1, 2]
+        eventually(
+            lambda: server.metric("topfive_dropped_images_total", stage="decode", reason="client-gone") == 1
+        )
+        assert len(decoded) == 2
+        assert sorted(server.engine.seen) == [1, 2]
+
+
+def test_all_timing_is_on_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server:
+        real = time.time
+        for jump in (-1e9, 1e9):
+            monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+            reply = server.classify(picture(5), X_Timeout_Ms="5000")
+            assert reply.classes == [5]
+            assert "infer" in reply.headers["server-timing"]
+
+
+def test_an_engine_that_runs_out_of_memory_still_answers_everybody() -> None:
+    with serving(FakeEngine(memory=1)) as server, ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda red: server.classify(picture(red)), range(40)))
+        assert [reply.classes for reply in replies] == [[red] for red in range(40)]
+
+
+def test_a_mistake_of_ours_is_a_500_with_an_id_and_no_details(monkeypatch: pytest.MonkeyPatch) -> None:
+    from topfive_server import classify
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    with serving() as server:
+        monkeypatch.setattr(classify, "read_wish", broken)
+        reply = server.classify(picture(1))
+        assert (reply.status, reply.code) == (500, "internal")
+        assert b"secret" not in reply.body
+        assert reply.json["request_id"] == reply.headers["x-request-id"]

@@ -1,0 +1,265 @@
+"""Starting, stopping and not starting: real processes, real signals, and a client that counts."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.server.fakes import FakeEngine, picture
+from tests.server.harness import eventually, read_reply, serving
+from tests.server.onnx_models import write_model
+
+TOPFIVE = str(Path(sys.executable).with_name("topfive"))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_model(root)
+    return root
+
+
+class Process:
+    """`topfive serve` in a process of its own, on a free port."""
+
+    def __init__(self, *arguments: object, **environment: str) -> None:
+        command = [TOPFIVE, "serve", *map(str, arguments), "--port", "0", "--device", "cpu"]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd="/"
+        )
+        self.log: list[dict[str, Any]] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(json.loads(line))
+            if url := self.log[-1].get("url"):
+                self.port = int(url.rpartition(":")[2])
+                break
+        else:
+            raise AssertionError(f"ended with {self.process.wait()}: {self.log}")
+        # Somebody has to read on, or the pipe fills and the server waits.
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(json.loads(line))
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+        self.process.send_signal(number)
+        status = self.process.wait(timeout_s)
+        self._reader.join()
+        return status
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, *arguments: object, **environment: str) -> Iterator["Process"]:
+        process = cls(*arguments, **environment)
+        try:
+            yield process
+        finally:
+            if process.process.poll() is None:
+                process.process.kill()
+                process.process.wait()
+            process._reader.join()
+            assert process.process.stderr is not None
+            process.process.stderr.close()
+
+    def request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+
+def run(*arguments: object, **environment: str) -> tuple[int, str]:
+    """Exit status and stderr of a `topfive serve` that is not expected to stay."""
+    done = subprocess.run(
+        [TOPFIVE, "serve", *map(str, arguments)],
+        check=False, capture_output=True, text=True, timeout=60, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+class Load:
+    """Clients that send one request after the other and count every outcome."""
+
+    def __init__(self, port: int, clients: int) -> None:
+        self.port = port
+        self.counts: Counter[str] = Counter()
+        self._end = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._client) for _ in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self) -> Counter[str]:
+        self._end.set()
+        for thread in self._threads:
+            thread.join(30)
+        return self.counts
+
+    def _client(self) -> None:
+        body = picture(10, size=(300, 200), form="JPEG")
+        connection: http.client.HTTPConnection | None = None
+        while not self._end.is_set():
+            if connection is None:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+                try:
+                    connection.connect()
+                except OSError:
+                    self._count("not accepted")
+                    time.sleep(0.01)
+                    connection = None
+                    continue
+            try:
+                connection.request("POST", "/v1/classify", body)
+                answer = connection.getresponse()
+                answer.read()
+                self._count(str(answer.status))
+                if answer.getheader("connection") == "close":
+                    connection.close()
+                    connection = None
+            except (OSError, http.client.HTTPException):
+                self._count("lost")
+                connection = None
+
+    def _count(self, outcome: str) -> None:
+        with self._lock:
+            self.counts[outcome] += 1
+
+
+def test_sigterm_under_load_loses_nothing(repository: Path) -> None:
+    with Process.running(repository, "--drain-delay-s", 0.5, "--no-log-requests") as process:
+        load = Load(process.port, clients=12)
+        eventually(lambda: load.counts["200"] > 100)
+        status = process.stop()
+        counts = load.finish()
+        assert status == 0
+        assert counts["lost"] == 0, counts
+        assert set(counts) <= {"200", "503", "not accepted"}, counts
+        messages = [line["message"] for line in process.log]
+        assert "draining" in messages
+        assert messages[-1] == "stopped"
+
+
+def test_during_the_drain_everything_is_served_but_readiness_says_no() -> None:
+    with serving(drain_delay_s=0.6) as server:
+        kept = server.connect()
+        kept.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_reply(kept).status == 200
+        server.loop.call_soon_threadsafe(server.server.stop)
+        eventually(lambda: server.application.draining)
+        reply = server.request("GET", "/readyz")
+        assert (reply.status, reply.json["draining"]) == (503, True)
+        reply = server.classify(picture(4))
+        assert (reply.status, reply.headers["connection"]) == (200, "close")
+        eventually(lambda: server.server.should_exit)
+        # The listener is closed, but what arrives on an open connection is still answered.
+        body = picture(4)
+        kept.sendall(
+            b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        reply = read_reply(kept)
+        assert (reply.status, reply.code) == (503, "draining")
+        assert "retry-after" in reply.headers
+        kept.close()
+
+
+def test_a_request_under_way_is_answered_before_the_end() -> None:
+    with serving(FakeEngine(delay_s=0.5)) as server, ThreadPoolExecutor() as threads:
+        pending = threads.submit(server.classify, picture(6))
+        eventually(lambda: server.engine.seen == [6])
+        server.loop.call_soon_threadsafe(server.server.stop)
+        assert pending.result().classes == [6]
+        server.stop()
+        assert not server.server.lost_requests
+
+
+def test_the_drain_time_is_bounded_and_the_loss_is_told() -> None:
+    with serving(drain_timeout_s=1.0) as server, ThreadPoolExecutor() as threads:
+        server.hold()
+        pending = threads.submit(server.classify, picture(6))
+        eventually(lambda: server.engine.seen == [6])
+        server.loop.call_soon_threadsafe(server.server.stop)
+        eventually(lambda: not server.application.admission.images)
+        reply = pending.result()
+        assert (reply.status, reply.code) == (503, "draining")
+        assert server.server.lost_requests
+
+
+def test_a_second_signal_stops_at_once(repository: Path) -> None:
+    with Process.running(repository, "--drain-delay-s", 60) as process:
+        process.process.send_signal(signal.SIGINT)
+        eventually(lambda: any(line["message"] == "draining" for line in process.log))
+        assert process.stop(signal.SIGINT, timeout_s=10) == 1
+
+
+def test_flags_environment_and_readiness_of_a_real_model(repository: Path) -> None:
+    with Process.running(repository, "--max-images", 3, TOPFIVE_SERVE_MAX_BODY_BYTES="1000") as process:
+        status, body = process.request("GET", "/readyz")
+        assert (status, json.loads(body)["models"][0]["provider"]) == (200, "CPUExecutionProvider")
+        status, body = process.request("POST", "/v1/classify", picture(200, form="JPEG"))
+        assert status == 200
+        assert json.loads(body)["model"] == "tiny"
+        assert process.request("POST", "/v1/classify", bytes(1001))[0] == 413
+        assert process.stop() == 0
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, message = run(tmp_path / "no such folder", "--port", port)
+    assert status == 1
+    assert re.search(rf"cannot listen on 127.0.0.1 port {port}: .*in use; .*--port", message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["/nowhere"], "the model repository /nowhere cannot be read"),
+        ([".", "--host", "no.such.host.invalid"], "give an address of this machine as --host"),
+        ([".", "--drain-timeout-s", "-1"], "drain_timeout_s is -1"),
+        ([".", "--max-body-bytes", "10", "--max-queue-bytes", "5"], "at most max_queue_bytes"),
+        ([".", "--admin"], "admin is true without api_keys"),
+        ([".", "--tls-key", "x"], "belong together"),
+        ([".", "--device", "tpu"], "device is 'tpu'"),
+    ],
+)
+def test_what_cannot_start_says_why(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    status, message = run(*arguments, "--port", "0")
+    assert status in {1, 2}
+    assert sentence in message
+
+
+def test_an_empty_or_broken_repository_says_why(tmp_path: Path) -> None:
+    assert "holds no model" in run(tmp_path, "--port", 0, "--device", "cpu")[1]
+    model = write_model(tmp_path)
+    model.write_bytes(model.read_bytes()[:100])
+    status, message = run(tmp_path, "--port", 0, "--device", "cpu")
+    assert status == 1
+    assert "tiny/1/model.onnx" in message
+
+
+def test_an_unknown_default_model(repository: Path) -> None:
+    status, message = run(repository, "--port", 0, "--device", "cpu", "--model", "resnet")
+    assert status == 1
+    assert "'resnet'" in message
+    assert "tiny" in message
