@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import os
 import subprocess
 import textwrap
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.server.fakes import CLASSES, CROP, FakeEngine, make_info, pixels, predictions
 from tests.server.harness import Harness, Reply, eventually, serving
+from tests.server.real_triton import triton_program
 
 from topfive_server.oip_codec import Interface, ProtocolError, parse_request
 
@@ -445,7 +444,7 @@ def test_nothing_is_computed_for_a_client_that_has_left() -> None:
         blocker.close()
 
 
-def test_a_full_queue_and_a_draining_server_say_so() -> None:
+def test_a_full_queue_and_a_server_that_ends_say_so() -> None:
     with serving(max_queue_images=2, max_images=2) as server:
         server.hold()
         with server.connect() as waiting:
@@ -459,12 +458,17 @@ def test_a_full_queue_and_a_draining_server_say_so() -> None:
             full = infer(server, 3)
             assert full.status == 429
             assert int(full.headers["retry-after"]) >= 1
-            server.on_loop(server.application.begin_drain)
-            assert server.request("GET", "/v2/health/ready").status == 503
-            assert server.request("GET", "/v2/health/live").status == 200
             server.on_loop(server.application.refuse_new)
             assert infer(server, 3).status == 503
             server.release()
+
+
+def test_health_while_draining() -> None:
+    with serving(drain_delay_s=2.0) as server:
+        server.on_loop(server.server.stop)
+        assert server.request("GET", "/v2/health/ready").status == 503
+        assert server.request("GET", "/v2/health/live").status == 200
+        assert infer(server, 3).status == 200
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -554,10 +558,7 @@ print("all answered")
 @pytest.mark.triton
 def test_the_stock_triton_client_works_unchanged(server: Harness) -> None:
     """tritonclient.http lives in the environment of the real Triton: its gevent does not fit into ours."""
-    triton = os.environ.get("TOPFIVE_TRITON")
-    if not triton:
-        pytest.skip("TOPFIVE_TRITON does not name a tritonserver; `make triton-env` makes one")
-    python = Path(triton).with_name("python")
+    python = triton_program().with_name("python")
     done = subprocess.run(
         [python, "-c", textwrap.dedent(CLIENT), f"127.0.0.1:{server.port}", str(CROP)],
         capture_output=True,

@@ -1,12 +1,14 @@
 """Against stand-ins on real gRPC connections always, and against a real Triton where there is one."""
 
 import asyncio
-import os
-import socket
+import io
+import json
 import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from PIL import Image
 from tests.server.onnx_models import expected_scores, make_spec, random_images, write_model
+from tests.server.real_triton import free_port, real_triton
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from topfive.preprocessing import decode
 from topfive_server.engine import EngineDead, EngineError, EngineOutOfMemory, Predictions
 from topfive_server.repository import ModelVersion, Repository
 from topfive_server.triton_engine import TritonEngine, TritonOptions
@@ -90,12 +95,6 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 def version(root: Path) -> ModelVersion:
     write_model(root)
     return Repository(root).read("tiny")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def check(predictions: Predictions, images: list[Any]) -> None:
@@ -300,90 +299,9 @@ def test_endpoints_are_checked(endpoints: tuple[str, ...]) -> None:
         TritonOptions(endpoints=endpoints)
 
 
-PYTHON_MODEL = """
-import numpy as np, onnxruntime, os
-import triton_python_backend_utils as utils
-
-class TritonPythonModel:
-    def initialize(self, args):
-        folder = os.path.join(args["model_repository"], args["model_version"])
-        self.session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"))
-
-    def execute(self, requests):
-        answers = []
-        for request in requests:
-            image = utils.get_input_tensor_by_name(request, "image").as_numpy()
-            names = ["probabilities", "classes", "scores", "features"]
-            arrays = self.session.run(names, {"image": image})
-            answers.append(utils.InferenceResponse([utils.Tensor(n, a) for n, a in zip(names, arrays)]))
-        return answers
-"""
-CONFIG = """
-name: "tiny"
-backend: "python"
-max_batch_size: 8
-input [ { name: "image" data_type: TYPE_UINT8 dims: [ 12, 12, 3 ] } ]
-output [
-  { name: "probabilities" data_type: TYPE_FP32 dims: [ 5 ] },
-  { name: "classes" data_type: TYPE_INT64 dims: [ 5 ] },
-  { name: "scores" data_type: TYPE_FP32 dims: [ 7 ] },
-  { name: "features" data_type: TYPE_FP32 dims: [ 3 ] }
-]
-dynamic_batching { }
-instance_group [ { count: 1 kind: KIND_CPU } ]
-"""
-
-
-@pytest.fixture(name="triton")
-def start_triton(tmp_path: Path) -> Iterator[tuple[str, ModelVersion, "subprocess.Popen[bytes]"]]:
-    """A real Triton with the tiny model, on its python backend: the wheel that it comes from has no other."""
-    program = os.environ.get("TOPFIVE_TRITON")
-    if not program:
-        pytest.skip("TOPFIVE_TRITON does not name a tritonserver; `make triton-env` makes one")
-    model = version(tmp_path)
-    (tmp_path / "tiny" / "config.pbtxt").write_text(CONFIG)
-    (tmp_path / "tiny" / "1" / "model.py").write_text(PYTHON_MODEL)
-    http, rpc, metrics = (free_port() for _ in range(3))
-    log = (tmp_path / "triton.log").open("wb")
-    process = subprocess.Popen(
-        [
-            program,
-            f"--model-repository={tmp_path}",
-            *(
-                "--http-address=127.0.0.1",
-                f"--http-port={http}",
-                "--grpc-address=127.0.0.1",
-                f"--grpc-port={rpc}",
-            ),
-            *(f"--metrics-port={metrics}", "--exit-timeout-secs=5"),
-        ],
-        stdout=log,
-        stderr=log,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, (tmp_path / "triton.log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "triton.log").read_text()
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{http}/v2/models/tiny/ready", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.1)
-        yield f"127.0.0.1:{rpc}", model, process
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
-
-
 @pytest.mark.triton
-def test_a_real_triton_answers_and_its_death_is_noticed(
-    triton: tuple[str, ModelVersion, "subprocess.Popen[bytes]"],
-) -> None:
-    address, model, process = triton
-
-    async def run() -> None:
+def test_a_real_triton_answers_and_its_death_is_noticed(tmp_path: Path) -> None:
+    async def run(address: str, process: "subprocess.Popen[bytes]") -> None:
         engine = await TritonEngine.connect(model, TritonOptions(endpoints=(address,)))
         assert engine.info.max_batch == 8
         await engine.warm_up()
@@ -398,4 +316,52 @@ def test_a_real_triton_answers_and_its_death_is_noticed(
         with pytest.raises(EngineDead, match="no Triton server serves tiny version 1"):
             await TritonEngine.connect(model, TritonOptions(endpoints=(address,), connect_timeout_s=1))
 
-    asyncio.run(run())
+    root = tmp_path / "models"
+    model = version(root)
+    with real_triton(root) as (address, process):
+        asyncio.run(run(address, process))
+
+
+@pytest.mark.triton
+def test_the_server_as_the_front_of_a_real_triton(tmp_path: Path) -> None:
+    """`topfive serve --triton`: JPEG in, labels out, computed elsewhere."""
+    root = tmp_path / "models"
+    write_model(root)
+    photograph = io.BytesIO()
+    Image.new("RGB", (40, 30), (10, 200, 90)).save(photograph, "JPEG", quality=95)
+    with real_triton(root) as (address, process):
+        port = free_port()
+        server = subprocess.Popen(
+            [sys.executable, "-m", "topfive", "serve", root, "--triton", address, "--port", str(port)],
+            stderr=subprocess.PIPE,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            assert _get(f"{url}/readyz")["models"][0]["provider"] == "triton"
+            answer = _get(f"{url}/v1/classify", photograph.getvalue())
+            crop = decode(photograph.getvalue(), make_spec().preprocessing).image
+            expected = expected_scores(np.asarray(crop)[None], 7)[0]
+            assert answer["images"][0]["top"][0]["class"] == int(expected.argmax())
+            assert answer["images"][0]["top"][0]["probability"] == pytest.approx(expected.max(), abs=1e-4)
+            process.terminate()
+            process.wait(30)
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(f"{url}/v1/classify", photograph.getvalue(), timeout=20)
+            assert caught.value.code == 503
+            caught.value.close()
+        finally:
+            server.terminate()
+            _, log = server.communicate(timeout=30)
+    assert server.returncode == 0, log.decode()
+
+
+def _get(url: str, body: bytes | None = None) -> Any:
+    """JSON from a server that may still be starting."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url, body, timeout=20) as reply:
+                return json.load(reply)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
