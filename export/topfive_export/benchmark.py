@@ -55,7 +55,8 @@ class Timing:
     images_per_s: float
     """At the fastest call."""
     ceiling_share: float | None
-    """Arithmetic done per second, as a share of what an fp32 matrix product does on the same cores; int8 may exceed 1."""
+    """Arithmetic done per second, as a share of what an fp32 matrix product does on the same cores; int8 may exceed 1.
+    Only on a CPU with all its cores."""
 
 
 def benchmark(
@@ -76,7 +77,7 @@ def benchmark(
         device: where to run.
         batch_sizes: images per call.
         rounds: calls of each variant with each batch size.
-        threads: threads of one call; 0 uses all cores.
+        threads: threads of one call; 0 uses all cores, and only then is there a ceiling to compare with.
         as_json: print JSON instead of a table.
     """
     if not batch_sizes or min(batch_sizes) < 1 or max(batch_sizes) > 4096:
@@ -84,8 +85,7 @@ def benchmark(
     if rounds < 1 or threads < 0:
         raise ExportError(f"--rounds is {rounds} and --threads {threads}; at least 1 and 0 are needed")
     candidates = find(models, device)
-    product = matrix_product_flops() if device == "cpu" else None
-    timings = measure(candidates, device, batch_sizes, rounds=rounds, threads=threads, product_flops=product)
+    timings, product = measure(candidates, device, batch_sizes, rounds=rounds, threads=threads)
     best = recommend(timings, candidates)
     if as_json:
         record = {
@@ -136,9 +136,13 @@ def measure(
     *,
     rounds: int,
     threads: int,
-    product_flops: float | None,
-) -> list[Timing]:
-    """Time all candidates in turns, after warming each up at each batch size."""
+) -> tuple[list[Timing], float | None]:
+    """Time all candidates in turns, after warming each up at each batch size.
+
+    Returns:
+        The timings, and the FLOP/s of an fp32 matrix product that took its turns with them: the ceiling. `None` where
+        it would be another device's or another number of cores'.
+    """
     sessions = {candidate.name: _load(candidate, device, threads) for candidate in candidates}
     rng = np.random.default_rng(0)
     feeds = {
@@ -149,7 +153,11 @@ def measure(
         for size in batch_sizes
     }
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in feeds}
+    comparable = device == "cpu" and threads == 0
+    product_flops: float | None = None
     for round_ in range(rounds + 1):
+        if comparable:
+            product_flops = max(product_flops or 0.0, _matrix_product_flops())
         for (name, size), images in feeds.items():
             start = time.perf_counter()
             sessions[name].run(None, {"image": images})
@@ -172,7 +180,7 @@ def measure(
                     ceiling_share=None if product_flops is None else round(rate * work / product_flops, 3),
                 )
             )
-    return timings
+    return timings, product_flops
 
 
 def recommend(timings: Sequence[Timing], candidates: Sequence[Candidate]) -> str:
@@ -182,16 +190,12 @@ def recommend(timings: Sequence[Timing], candidates: Sequence[Candidate]) -> str
     return max(rates, key=lambda timing: timing.images_per_s).name
 
 
-def matrix_product_flops() -> float:
-    """FLOP/s of an fp32 matrix product on all cores: the best of ten, by numpy's BLAS."""
-    rng = np.random.default_rng(0)
-    left, right = (rng.standard_normal((_PRODUCT_SIDE, _PRODUCT_SIDE), dtype=np.float32) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - start)
-    return 2 * _PRODUCT_SIDE**3 / best
+def _matrix_product_flops() -> float:
+    """FLOP/s of one fp32 matrix product on all cores, by numpy's BLAS."""
+    left = np.ones((_PRODUCT_SIDE, _PRODUCT_SIDE), dtype=np.float32)
+    start = time.perf_counter()
+    left @ left
+    return 2 * _PRODUCT_SIDE**3 / (time.perf_counter() - start)
 
 
 def _load(candidate: Candidate, device: Device, threads: int) -> onnxruntime.InferenceSession:

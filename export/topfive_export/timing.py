@@ -40,15 +40,26 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "architecture": platform.machine(),
+        "int8_dot_products": _int8_dot_products(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
     }
 
 
-def _processor() -> str:
+def _cpuinfo(key: str) -> str:
+    """First value of `key` in Linux's description of the processor; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor()
+
+
+def _int8_dot_products() -> bool:
+    """Whether the processor adds products of uint8 and int8 without saturating: int8 graphs are exact only there."""
+    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    return not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}.isdisjoint(flags)

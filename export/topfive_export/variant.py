@@ -43,7 +43,7 @@ class Limits:
     """By how much top-1 and top-5 accuracy may fall below the reference's, on labelled images."""
 
 
-_LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
+LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
     ("hot", "fp32"): Limits(
         probability_difference=1e-4,
         relative_difference=0.001,
@@ -79,7 +79,7 @@ _LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
     ),
 }
 
-FP32_LIMITS: Final = _LIMITS["hot", "fp32"]
+FP32_LIMITS: Final = LIMITS["hot", "fp32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class Variant:
     @property
     def limits(self) -> Limits:
         """What the gate holds it to."""
-        return _LIMITS[self.graph, self.precision]
+        return LIMITS[self.graph, self.precision]
 
     def as_json(self, family: str) -> dict[str, Any]:
         """As `report.json` and the ONNX metadata carry it."""

@@ -180,6 +180,33 @@ def test_variants_for_other_uses(
     assert ("LRN" in operators) == (options.get("target") == "cuda")
 
 
+def test_weights_beyond_protobufs_limit_lie_beside_the_graph(
+    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "EXTERNAL_BYTES", 10_000)
+    published = run_export(ExportConfig(run=checkpoint, out=tmp_path / "models", target="cuda"))
+    folder = published[0].path
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.onnx.data", "report.json"]
+    assert published[0].report["file"]["bytes"] > 100 * (folder / "model.onnx").stat().st_size
+    squares = _squares(checkpoint, 2)
+    scores = _session(folder).run(["scores"], {"image": squares})[0]
+    expected = _session(exported / "alexnet" / "1").run(["scores"], {"image": squares})[0]
+    assert np.allclose(scores, expected, atol=1e-5)
+
+
+@pytest.mark.data
+def test_real_photographs_are_part_of_the_corpus(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2].parent / "shared" / "data" / "ilsvrc_samples"
+    if not folder.is_dir():
+        pytest.skip("the photographs are not beside the checkout (../shared/data)")
+    published = run_export(
+        ExportConfig(run=checkpoint, out=tmp_path / "models", images=folder, max_images=40)
+    )
+    for entry in published:
+        assert entry.report["corpus"]["given"] == 40
+        assert entry.report["agreement"]["top1_agreement"] == 1.0
+
+
 def test_multiply_adds_are_the_published_count() -> None:
     assert multiply_adds(make_classifier(classes=1000, width=1.0)) == 724_406_816
     assert multiply_adds(make_classifier("alexnet-2014", classes=1000, width=1.0)) == 714_188_480
