@@ -10,10 +10,13 @@ PYTHON ?=
 export PYTHON
 BIN := $(VENV)/bin
 TRITON ?= .venv-triton
-# Extra arguments for pytest, e.g. make test ARGS="tests/client -x"
+# Extra arguments for pytest or the benchmark, e.g. make test ARGS="tests/client -x"
 ARGS ?=
+# What `make bench` serves and sends: the demo's, or your own.
+MODELS ?= demo/models
+IMAGES ?= demo/images/val
 
-.PHONY: help demo test lint format nightly triton-env lock clean
+.PHONY: help demo test lint format nightly triton-env bench lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +38,9 @@ format: $(VENV)/.dev  ## Format the code and mend what the linter can mend
 
 nightly: lint triton-env  ## Everything: the slow tests and those with a real Triton, too
 	TOPFIVE_TRITON=$(CURDIR)/$(TRITON)/bin/tritonserver $(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev  ## Requests per second against what the machine can decode and infer (after make demo; needs wrk)
+	$(BIN)/python benchmarks/serve.py $(MODELS) $(IMAGES) $(ARGS)
 
 triton-env: $(TRITON)/.stamp  ## A real Triton server, in an environment of its own
 
