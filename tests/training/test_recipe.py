@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from topfive_training.recipe import RECIPES, Recipe, RecipeError, make_recipe
+from topfive_training.recipe import RECIPES, Recipe, RecipeError, field_documentation, make_recipe
 
 
 def test_2012_is_the_default() -> None:
@@ -56,16 +56,25 @@ def test_2014_brings_its_own_decisions_unless_told() -> None:
 
 
 def test_every_field_says_what_it_does() -> None:
-    import ast
-    import inspect
+    texts = field_documentation()
+    assert texts.keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert all(text.endswith(".") for text in texts.values())
 
-    (tree,) = ast.parse(inspect.getsource(Recipe)).body
-    assert isinstance(tree, ast.ClassDef)
-    documented = {
-        before.target.id
-        for before, after in zip(tree.body, tree.body[1:], strict=False)
-        if isinstance(before, ast.AnnAssign)
-        and isinstance(before.target, ast.Name)
-        and isinstance(after, ast.Expr)
-    }
-    assert documented == {field.name for field in dataclasses.fields(Recipe)}
+
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [
+        ("", {"conv1": 1, "fc8": 1}),
+        ("conv=0.1,conv5=0.5,fc8=2", {"conv1": 0.1, "conv5": 0.5, "fc6": 1, "fc8": 2}),
+        ("conv=0, fc=0.1", {"conv3": 0, "fc7": 0.1}),
+    ],
+)
+def test_layer_rates(text: str, rates: dict[str, float]) -> None:
+    recipe = make_recipe("2012", {"layer_rates": text})
+    assert {layer: recipe.layer_rate(layer) for layer in rates} == rates
+
+
+@pytest.mark.parametrize("text", ["conv9=1", "conv1", "conv1=fast", "conv1=-1", "=1"])
+def test_layer_rates_that_make_no_sense(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"layer_rates is .* it must be like"):
+        make_recipe("2012", {"layer_rates": text})

@@ -26,8 +26,12 @@ def paint_photographs(folder: Path, images: int, *, classes: tuple[str, ...] = C
 
 def train_command(data: Path, out: Path, *options: str) -> list[str]:
     """`topfive train` of a very narrow network."""
-    words = ["train", str(data), "--out", str(out), "--width", "0.02", "--batch-size", "4", *options]
-    return [sys.executable, "-c", _PROGRAM, *words]
+    return [sys.executable, "-c", _PROGRAM, *train_words(data, out, *options)]
+
+
+def train_words(data: Path, out: Path, *options: str) -> list[str]:
+    """The same without the program, for `topfive.cli.main`."""
+    return ["train", str(data), "--out", str(out), "--width", "0.02", "--batch-size", "4", *options]
 
 
 def environment() -> dict[str, str]:

@@ -5,9 +5,10 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,9 +28,10 @@ from topfive_training.ranks import (
     started_by_torchrun,
     under_torchrun,
 )
-from topfive_training.recipe import Recipe, make_recipe
+from topfive_training.recipe import Recipe, field_documentation, make_recipe
 from topfive_training.run import Options
 from topfive_training.run import train as train_on_rank
+from topfive_training.transfer import recipe_from
 
 
 class RunExistsError(TopfiveError):
@@ -41,6 +43,7 @@ def train(
     *,
     out: Path,
     recipe: str = "2012",
+    initial: Annotated[Path | None, Parameter(name="--from")] = None,
     resume: bool = False,
     processes: int | None = None,
     parallel: Mode = "data",
@@ -50,6 +53,7 @@ def train(
     cache: Path | None = None,
     cache_gib: float = 16.0,
     save_every_minutes: float = 10.0,
+    show_recipe: bool = False,
     **fields: str,
 ) -> int:
     """Train AlexNet on folders of images.
@@ -62,6 +66,8 @@ def train(
             shards that `topfive prepare` has written, in a folder or at an fsspec URL.
         out: folder of the run; gets the checkpoint (model.safetensors, model.json), best/, resume/ and logs.
         recipe: `2012` (what the original code did) or `modern`.
+        initial: start from this checkpoint's weights, with a new last layer unless the classes are the same. What is
+            already learned moves a tenth as fast (--layer-rates conv=0.1,fc6=0.1,fc7=0.1; a factor of 0 freezes).
         resume: go on with the run in OUT, exactly where it stopped.
         processes: how many train together; by default one for each GPU, or one.
         parallel: how they share the network: `data` (each takes some of the images), `hybrid` (besides, they divide the
@@ -72,19 +78,24 @@ def train(
         cache: folder for decoded images, kept for other runs; by default within OUT, removed at the end.
         cache_gib: images that would take more than this are decoded again in every epoch.
         save_every_minutes: save in the midst of long epochs too, this often.
-        fields: any field of the recipe, as --batch-size 256 or --rate 0.005; `topfive recipe` lists them.
+        show_recipe: print every field of the recipe, its value and its meaning, and do nothing else.
+        fields: any field of the recipe, as --batch-size 256 or --rate 0.005; --show-recipe lists them.
     """
     torchrun = started_by_torchrun()
     if torchrun and processes is not None:
         raise ValueError("--processes does not go with torchrun, which has started its own; leave it out")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    chosen = _recipe_for(out, recipe, fields, resume=resume or restarted)
+    chosen = _recipe_for(out, recipe, fields, initial, resume=resume or restarted)
+    if show_recipe:
+        _print_recipe(chosen)
+        return 0
     count = default_processes() if processes is None else processes
     if not torchrun:
         check_processes(count)
     options = Options(
         data=data,
         out=out,
+        initial=initial,
         resume=resume or restarted,
         validation_fraction=validation_fraction,
         split_seed=split_seed,
@@ -174,19 +185,31 @@ def _percent(share: Share) -> str:
     return f"{share.share:.2%} ({share.low:.2%} to {share.high:.2%})"
 
 
-def _recipe_for(out: Path, name: str, fields: dict[str, str], *, resume: bool) -> Recipe:
+def _print_recipe(recipe: Recipe) -> None:
+    table = Table("option", "value", "meaning")
+    for name, text in field_documentation().items():
+        table.add_row(f"--{name.replace('_', '-')}", escape(str(getattr(recipe, name))), escape(text))
+    Console(highlight=False).print(table)
+
+
+def _recipe_for(
+    out: Path, name: str, fields: dict[str, str], initial: Path | None, *, resume: bool
+) -> Recipe:
     """The recipe asked for; of a run that is resumed, its own, which fields given again must not change."""
     state = out / resume_.STATE_FILE
+    if initial is not None and not state.is_file():
+        return recipe_from(name, fields, load_model(initial).spec)
+    asked = make_recipe(name, fields)
     if not state.is_file():
-        return make_recipe(name, fields)
+        return asked
     if not resume:
         raise RunExistsError(
             f"{out} already holds a run; add --resume to go on with it, or choose another folder"
         )
     saved = make_recipe("2012", resume_.saved_recipe(out))
-    for field, value in make_recipe(name, fields).to_json().items():
-        before = saved.to_json()[field]
-        if field in {given.replace("-", "_") for given in fields} and value != before:
+    for field in (given.replace("-", "_") for given in fields):
+        before, value = getattr(saved, field), getattr(asked, field)
+        if value != before:
             raise RunExistsError(
                 f"{out} holds a run with {field} {before!r}, not {value!r}; leave the option out to go on with it, "
                 "or start another run in another folder"

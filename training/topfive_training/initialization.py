@@ -1,6 +1,7 @@
 """Initial weights, as a recipe asks."""
 
 import math
+from collections.abc import Collection
 from typing import Final
 
 import torch
@@ -17,11 +18,13 @@ _FAN_IN_2014: Final = (363, 1600, 1728, 3456, 2304, 9216, 4096, 4096)
 
 
 @torch.no_grad()
-def initialize(network: AlexNet, recipe: Recipe) -> None:
-    """Set every weight and bias from `recipe.seed`, the same on every machine and rank."""
+def initialize(network: AlexNet, recipe: Recipe, layers: Collection[str] = LAYERS) -> None:
+    """Set the weights and biases of `layers` from `recipe.seed`, the same on every machine and rank."""
     generator = torch.Generator().manual_seed(recipe.seed)
     published = _FAN_IN_2014 if network.architecture.name == "alexnet-2014" else _FAN_IN_TOWERS
     for name, published_fan_in in zip(LAYERS, published, strict=True):
+        if name not in layers:
+            continue
         layer = network.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         fan_in = layer.weight[0].numel()

@@ -6,7 +6,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from topfive_training.network import AlexNet
+from topfive_training.network import LAYERS, AlexNet
 from topfive_training.recipe import Recipe
 from topfive_training.schedule import Phase
 
@@ -69,23 +69,34 @@ class MomentumSGD(torch.optim.Optimizer):
 
 def make_optimizer(network: AlexNet, recipe: Recipe) -> MomentumSGD:
     """One group for each kind of parameter that `set_rates` treats alike."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
     for name, parameter in network.named_parameters():
+        layer = layer_of(name)
         # Vectors are the biases, and batch norm's scales, which are treated as biases are.
-        groups.setdefault((name.startswith("conv1."), parameter.ndim == 1), []).append(parameter)
+        key = (layer == "conv1", parameter.ndim == 1, recipe.layer_rate(layer))
+        groups.setdefault(key, []).append(parameter)
     return MomentumSGD(
         (
             {
                 "params": parameters,
                 "first": first,
-                "factor": recipe.bias_rate_factor if vector else 1.0,
+                "factor": (recipe.bias_rate_factor if vector else 1.0) * layer_rate,
                 "decay": 0.0 if vector and not recipe.decay_biases else recipe.weight_decay,
             }
-            for (first, vector), parameters in groups.items()
+            for (first, vector, layer_rate), parameters in groups.items()
         ),
         momentum=recipe.momentum,
         rate_inside_velocity=recipe.rate_inside_velocity,
     )
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter, or the batch norm that it is of, belongs to."""
+    module = parameter.partition(".")[0]
+    if module.startswith("batch_norm"):
+        number = int(module.removeprefix("batch_norm"))
+        return LAYERS[number - 1]
+    return module
 
 
 def set_rates(optimizer: MomentumSGD, phase: Phase) -> None:

@@ -5,13 +5,18 @@ which is not everywhere what the paper says; each field names its source. `RECIP
 with what has been learned since.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from topfive.model_spec import Architecture, ArchitectureName, Json
+
+_LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
 class RecipeError(ValueError):
@@ -86,6 +91,9 @@ class Recipe:
     """Learning rate of the weights at its highest (paper section 5)."""
     bias_rate_factor: float = 2.0
     """Biases learn at this multiple of the rate (code: .02 against .01)."""
+    layer_rates: str = ""
+    """Factors on the rates of layers, as `conv=0.1,fc8=2`: a layer, or the start of several names; 0 freezes. Empty in
+    2012. A frozen layer's batch norm keeps gathering statistics."""
     momentum: float = 0.9
     """Factor on the velocity (paper section 5)."""
     rate_inside_velocity: bool = True
@@ -130,6 +138,7 @@ class Recipe:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             _require(low <= value <= high, name, value, f"between {low:g} and {high:,.10g}")
+        _parse_layer_rates(self.layer_rates)
         for name in ("dropout", "momentum", "label_smoothing"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "at least 0 and below 1")
@@ -138,6 +147,14 @@ class Recipe:
             low <= self.crop <= high, "crop", self.crop, f"between {low} and {high} for {self.architecture}"
         )
         _require(self.crop <= self.short_side, "crop", self.crop, f"at most short_side ({self.short_side})")
+
+    def layer_rate(self, layer: str) -> float:
+        """The factor on the rate of `layer`, such as `conv1`; the last entry that fits counts."""
+        factor = 1.0
+        for start, value in _parse_layer_rates(self.layer_rates):
+            if layer.startswith(start):
+                factor = value
+        return factor
 
     def network(self, classes: int) -> Architecture:
         """The network that this recipe trains."""
@@ -154,6 +171,23 @@ class Recipe:
     def to_json(self) -> dict[str, Json]:
         """Field by field, for `model.json`."""
         return dataclasses.asdict(self)
+
+
+def _parse_layer_rates(text: str) -> list[tuple[str, float]]:
+    pairs = []
+    for entry in filter(None, text.replace(" ", "").split(",")):
+        layer, equals, number = entry.partition("=")
+        known = bool(layer) and any(name.startswith(layer) for name in _LAYERS)
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        allowed = (
+            f"like conv1=0,fc=0.1, of the layers {', '.join(_LAYERS)}, each with a factor between 0 and 1000"
+        )
+        _require(known and bool(equals) and 0 <= factor <= 1000, "layer_rates", text, allowed)
+        pairs.append((layer, factor))
+    return pairs
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
@@ -177,6 +211,19 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     ),
 }
 """By name, for `topfive train --recipe`."""
+
+
+def field_documentation() -> dict[str, str]:
+    """What each field means, on one line: the text under it in `Recipe`."""
+    (recipe,) = ast.parse(inspect.getsource(Recipe)).body
+    assert isinstance(recipe, ast.ClassDef)
+    texts = {}
+    for field, text in itertools.pairwise(recipe.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(text, ast.Expr)
+            texts[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return texts
+
 
 _PUBLISHED_2014: Final[Mapping[str, Any]] = {
     "normalization": "none",
@@ -214,7 +261,7 @@ def make_recipe(name: str, overrides: Mapping[str, object]) -> Recipe:
 
 def _parse(field: str, hint: Any, value: object) -> object:
     """Turn `value`, perhaps text, into what the field's annotation says."""
-    if get_origin(hint) is Literal:
+    if get_origin(hint) is Literal or hint is str:
         return value
     if hint is bool:
         words = {

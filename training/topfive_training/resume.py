@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from topfive_training.checkpoint import CheckpointError, check_fit, load_tensors, save_tensors
+from topfive.model_spec import ModelSpec
+from topfive_training.checkpoint import (
+    COLOR_COMPONENTS,
+    MEAN_IMAGE,
+    CheckpointError,
+    Classifier,
+    check_fit,
+    load_tensors,
+    save_tensors,
+)
+from topfive_training.recipe import Recipe
 
 if TYPE_CHECKING:
     from topfive_training.trainer import Trainer
@@ -31,17 +41,21 @@ def save(folder: Path, trainer: "Trainer", velocities: dict[str, Tensor]) -> Non
     tensors = {_NETWORK + name: tensor for name, tensor in network.state_dict().items()}
     tensors |= {_VELOCITY + name: velocity for name, velocity in velocities.items()}
     tensors[_SUMS] = position.sums
+    classifier = trainer.classifier
+    for name, tensor in (
+        (MEAN_IMAGE, classifier.mean_image),
+        (COLOR_COMPONENTS, classifier.color_components),
+    ):
+        if tensor is not None:
+            tensors[name] = tensor
     text = {
         "step": position.step,
         "validated": position.validated,
         "best_top1": position.best_top1,
         "recipe": trainer.recipe.to_json(),
         "training_images": len(trainer.training),
-        "data_fingerprint": trainer.classifier.spec.data_fingerprint,
     }
-    path = folder / STATE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, tensors, {"state": json.dumps(text)})
+    save_tensors(folder / STATE_FILE, tensors, {"state": json.dumps(text), "spec": classifier.spec.to_json()})
 
 
 def saved_recipe(folder: Path) -> dict[str, Any]:
@@ -53,6 +67,25 @@ def saved_recipe(folder: Path) -> dict[str, Any]:
     recipe = _header(folder / STATE_FILE)["recipe"]
     assert isinstance(recipe, dict)
     return recipe
+
+
+def load_classifier(folder: Path, *, data_fingerprint: str) -> Classifier:
+    """The classifier of the run in `folder`, its preprocessing included; `load` puts in the weights.
+
+    Raises:
+        CheckpointError: the state is damaged, or of other images.
+    """
+    path = folder / STATE_FILE
+    tensors, metadata = load_tensors(path)
+    spec = ModelSpec.from_json(metadata.get("spec", ""), source=str(path))
+    if data_fingerprint != spec.data_fingerprint:
+        raise CheckpointError(
+            f"{path} is of a run with other training images: some have been added, removed or changed since, or are "
+            "split another way; restore them, or start another run in another folder"
+        )
+    return Classifier(
+        spec, mean_image=tensors.get(MEAN_IMAGE), color_components=tensors.get(COLOR_COMPONENTS)
+    )
 
 
 def load(folder: Path, trainer: "Trainer") -> None:
@@ -95,20 +128,17 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, state: dict[str, Any], trainer: "Trainer") -> None:
-    recipe = dataclasses.asdict(trainer.recipe)
-    for name, value in recipe.items():
-        before = state["recipe"].get(name)
+    for field in dataclasses.fields(Recipe):
+        # A field that the program did not have when the state was saved had what is now its default.
+        before, value = state["recipe"].get(field.name, field.default), getattr(trainer.recipe, field.name)
         if before != value:
             raise CheckpointError(
-                f"{path} is of a run with {name} {before!r}, not {value!r}; leave the option out to go on with it, or "
-                "start another run in another folder"
+                f"{path} is of a run with {field.name} {before!r}, not {value!r}; leave the option out to go on with "
+                "it, or start another run in another folder"
             )
     images = len(trainer.training)
-    if (
-        state["data_fingerprint"] != trainer.classifier.spec.data_fingerprint
-        or state["training_images"] != images
-    ):
+    if state["training_images"] != images:
         raise CheckpointError(
-            f"{path} is of a run with {state['training_images']} training images, and the images are not the same "
-            f"any more ({images} now); restore them, or start another run in another folder"
+            f"{path} is of a run with {state['training_images']} readable training images, and now there are "
+            f"{images}; restore them, or start another run in another folder"
         )

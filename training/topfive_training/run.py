@@ -12,7 +12,7 @@ from typing import Final
 from topfive import __version__
 from topfive.model_spec import ModelSpec, Preprocessing
 from topfive_training import resume
-from topfive_training.checkpoint import Classifier
+from topfive_training.checkpoint import Classifier, load_model
 from topfive_training.dataset import DataError, Dataset, ImageList, fingerprint, scan, write_held_out
 from topfive_training.initialization import initialize
 from topfive_training.journal import Journal
@@ -23,6 +23,7 @@ from topfive_training.recipe import Recipe
 from topfive_training.shards import is_shards, open_shards, read_manifest
 from topfive_training.squares import Opened, Statistics, open_squares
 from topfive_training.trainer import Trainer
+from topfive_training.transfer import classifier_from
 
 _SHOWN: Final = 5
 """Unreadable files that are named; the rest are counted."""
@@ -36,6 +37,8 @@ class Options:
     """Class folders, `train/` and `val/` with class folders, or prepared shards (these at any fsspec URL too)."""
     out: Path
     """Folder of the run."""
+    initial: Path | None = None
+    """Checkpoint whose weights the run starts from."""
     resume: bool = False
     """Go on with the run in `out`."""
     validation_fraction: float = 0.2
@@ -82,9 +85,14 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
             journal.say("interrupted before the first step; nothing to save")
             return 128 + interruption.signal
         assert training.statistics is not None
-        classifier = make_classifier(
-            recipe, dataset, training.statistics, fingerprint_of(options.data, dataset)
-        )
+        resumed = options.resume and (options.out / resume.STATE_FILE).is_file()
+        data_fingerprint = fingerprint_of(options.data, dataset)
+        if resumed:
+            classifier = resume.load_classifier(options.out, data_fingerprint=data_fingerprint)
+        else:
+            classifier = make_classifier(
+                recipe, dataset, training.statistics, data_fingerprint, options.initial
+            )
         trainer = Trainer(
             classifier=classifier,
             recipe=recipe,
@@ -98,7 +106,7 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
             save_every_s=options.save_every_minutes * 60,
             parallel=options.parallel,
         )
-        if options.resume and (options.out / resume.STATE_FILE).is_file():
+        if resumed:
             resume.load(options.out, trainer)
         if ranks.first and not _is_shards(options.data):
             write_held_out(options.out, validation.squares.images)
@@ -118,9 +126,13 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
 
 
 def make_classifier(
-    recipe: Recipe, dataset: Dataset, statistics: Statistics, data_fingerprint: str
+    recipe: Recipe,
+    dataset: Dataset,
+    statistics: Statistics,
+    data_fingerprint: str,
+    initial: Path | None = None,
 ) -> Classifier:
-    """A network with its first weights, and the preprocessing that these images ask for."""
+    """A network with its first weights, and the preprocessing that these images, or the weights of `initial`, ask for."""
     preprocessing = Preprocessing(
         short_side=recipe.short_side,
         crop=recipe.crop,
@@ -136,6 +148,8 @@ def make_classifier(
         data_fingerprint=data_fingerprint,
         code_fingerprint=f"topfive {__version__}",
     )
+    if initial is not None:
+        return classifier_from(load_model(initial), spec, recipe, statistics.color_components)
     network = AlexNet(spec.architecture)
     initialize(network, recipe)
     return Classifier(

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _LOG_EVERY: Final = 10
 """Steps between two records; on a GPU each waits for the device."""
-_DIVERGED: Final = 10.0
-"""A loss of so many times that of guessing means that the run is lost."""
+_DIVERGED: Final = 30.0
+"""A mean loss of so many times that of guessing, over ten steps or an epoch, means that the run is lost."""
 _CONTINUE, _SAVE, _STOP = 0, 1, 2
 BEST_FOLDER: Final = "best"
 """Subfolder of a run with the checkpoint of the epoch with the highest top-1 so far."""
@@ -247,7 +247,8 @@ class Trainer:
         if step % _LOG_EVERY and not last and self.ranks.device.type == "cuda":
             return
         images, loss, top1, _ = self.position.sums.tolist()
-        if not math.isfinite(loss) or loss / max(images, 1) > _DIVERGED * math.log(self.recipe_classes):
+        lost = loss / max(images, 1) > _DIVERGED * math.log(self.recipe_classes)
+        if not math.isfinite(loss) or (lost and (last or images >= 10 * self.batch)):
             raise DivergedError(self._advice(f"the loss is {loss / max(images, 1):g}"))
         seconds, since = time.monotonic() - self._pace[0], step - self._pace[1]
         rate = since * self.batch / seconds

@@ -1,0 +1,259 @@
+"""`topfive train` with real processes: the result, exact resumption, signals, failures."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.train_runs import environment, paint_photographs, run, train_command, train_words
+from torch import Tensor
+
+from topfive.cli import main
+from topfive_training.checkpoint import load_model, load_tensors
+
+STATE = "resume/state.safetensors"
+SAVE_EVERY_STEP = ("--save-every-minutes", "1e-9")
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_tensors(folder / "model.safetensors")[0]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5)
+
+
+def start_and_wait_for(command: list[str], file: Path, *, step: int) -> subprocess.Popen[str]:
+    """Start; return once a state of at least `step` has been saved."""
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if file.exists() and json.loads(load_tensors(file)[1]["state"])["step"] >= step:
+            return process
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"no state of step {step} within two minutes: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def whole(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 4 epochs of 6 steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run(train_command(photographs, out, "--epochs", "4", "--schedule", "constant"))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_everything_and_says_so(whole: Path) -> None:
+    model = load_model(whole)
+    assert model.spec.labels == ("blue", "green", "red")
+    assert model.spec.recipe["schedule"] == "constant"
+    assert model.spec.preprocessing.mean_image
+    assert model.spec.metrics["images"] == 6  # each validation image once
+    assert model.spec.metrics["epoch"] == 4
+    epochs = [record for record in records(whole) if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4]
+    assert all(record["val_images"] == 6 for record in epochs)
+    best = max(record["val_top1"] for record in epochs)
+    assert load_model(whole / "best").spec.metrics["top1"] == best
+    assert any((whole / "tensorboard").iterdir())
+    assert len((whole / "validation.txt").read_text().splitlines()) == 6
+    assert not (whole / "cache").exists()
+
+
+def test_it_learns_three_colors(whole: Path) -> None:
+    # Guessing is right in a third of the cases.
+    assert load_model(whole / "best").spec.metrics["top1"] >= 5 / 6
+
+
+def test_two_processes_compute_what_one_does(photographs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run(train_command(photographs, out, "--epochs", "4", "--schedule", "constant", "--processes", "2"))
+    assert done.returncode == 0, done.stderr
+    assert_close(weights(out), weights(whole))
+
+
+def test_kill_in_mid_epoch_and_resume_gives_the_same_bits(
+    photographs: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = train_command(photographs, out, "--epochs", "4", "--schedule", "constant", *SAVE_EVERY_STEP)
+    process = start_and_wait_for(command, out / STATE, step=8)
+    process.kill()
+    process.communicate()
+    saved = json.loads(load_tensors(out / STATE)[1]["state"])["step"]
+    assert 8 <= saved < 24
+    done = run([*command, "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {saved}" in done.stderr
+    assert_same_bits(weights(out), weights(whole))
+    # The log tells of each step once, and the sums of the broken epoch are whole.
+    steps = [(record["kind"], record["step"]) for record in records(out)]
+    assert steps == [(record["kind"], record["step"]) for record in records(whole)]
+    for one, other in zip(records(out), records(whole), strict=True):
+        for name in ("loss", "train_loss", "val_loss", "val_top1"):
+            assert one.get(name) == other.get(name)
+
+
+@pytest.mark.slow
+def test_resume_with_another_number_of_processes(photographs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--epochs", "4", "--schedule", "constant", *SAVE_EVERY_STEP)
+    process = start_and_wait_for(
+        train_command(photographs, out, *options, "--processes", "2"), out / STATE, step=5
+    )
+    process.kill()
+    process.communicate()
+    done = run([*train_command(photographs, out, *options), "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert_close(weights(out), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGTERM, "2"),
+        pytest.param(signal.SIGINT, "1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    photographs: Path, tmp_path: Path, number: signal.Signals, processes: str
+) -> None:
+    out = tmp_path / "run"
+    command = train_command(photographs, out, "--epochs", "400", "--processes", processes, *SAVE_EVERY_STEP)
+    process = start_and_wait_for(command, out / STATE, step=2)
+    os.kill(process.pid, number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    saved = re.search(r"saved at step (\d+) of 2400; to go on: .*--resume", said)
+    assert saved, said
+    assert json.loads(load_tensors(out / STATE)[1]["state"])["step"] == int(saved[1])
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_dies_takes_the_others_along_and_is_named(photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = train_command(photographs, out, "--epochs", "400", "--processes", "2", *SAVE_EVERY_STEP)
+    process = start_and_wait_for(command, out / STATE, step=1)
+    ranks = [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"rank \d of 2 was ended by SIGKILL", said), said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_the_program(photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = train_command(photographs, out, "--epochs", "400", "--processes", "2", *SAVE_EVERY_STEP)
+    process = start_and_wait_for(command, out / STATE, step=1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_too(photographs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _, _, program, *words = train_command(photographs, out, "--epochs", "4", "--schedule", "constant")
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run([*launcher, str(script), *words])
+    assert done.returncode == 0, done.stderr
+    assert_close(weights(out), weights(whole))
+
+
+def test_divergence_stops_with_step_rate_and_advice(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(train_words(photographs, tmp_path / "run", "--rate", "1000", "--epochs", "4"))
+    said = capsys.readouterr().err
+    assert status == 1
+    assert re.search(r"at step \d+ \(epoch 1\), with rate 1000: the run has diverged.*--rate", said)
+    assert "Traceback" not in said
+
+
+def test_bad_files_are_counted_and_the_rest_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = paint_photographs(tmp_path / "photographs", 6)
+    (folder / "blue" / "notes.txt").write_text("not an image")
+    (folder / "green" / "empty.png").touch()
+    (folder / "yellow").mkdir()
+    status = main(train_words(folder, tmp_path / "run", "--epochs", "1"))
+    said = capsys.readouterr().err
+    assert status == 0
+    assert "yellow: empty" in said
+    assert "2 files skipped" in said
+    assert "blue/notes.txt: the data is not an image" in said
+    assert "green/empty.png: the image is empty" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "already holds a run; add --resume"),
+        (["--resume", "--rate", "0.5"], r"holds a run with rate 0.01, not 0.5"),
+        (["--resume", "--validation-fraction", "0.4"], "other training images"),
+        (["--batsch-size", "4"], "batsch_size is no field of a recipe; did you mean batch_size"),
+        (["--resume", "--processes", "0"], "--processes is 0; it must be at least 1"),
+    ],
+)
+def test_refusals_are_sentences(
+    photographs: Path,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    sentence: str,
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = weights(out)
+    status = main(train_words(photographs, out, *options))
+    said = capsys.readouterr().err
+    assert status != 0
+    assert re.search(sentence, said)
+    assert "Traceback" not in said
+    assert_same_bits(weights(out), before)
+
+
+def test_a_finished_run_resumes_to_nothing(photographs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    status = main(train_words(photographs, out, "--resume"))
+    assert status == 0
+    assert_same_bits(weights(out), weights(whole))
