@@ -59,7 +59,7 @@ def train(
     """Train AlexNet on folders of images.
 
     Ctrl-C, SIGTERM and SIGUSR1 save within a step and say how to go on; the exit status is then 128 plus the signal's
-    number. Under `torchrun` the processes are torchrun's.
+    number. Under `torchrun` the processes are torchrun's; with its `--max-restarts`, a run in OUT is gone on with.
 
     Args:
         data: a folder with one subfolder of images for each class, or with `train/` and `val/` that hold such; or
@@ -84,7 +84,9 @@ def train(
     torchrun = started_by_torchrun()
     if torchrun and processes is not None:
         raise ValueError("--processes does not go with torchrun, which has started its own; leave it out")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    # Whoever allows restarts wants to go on. The count of them says nothing: it stays 0 on a node that is started again
+    # only because another's workers failed.
+    restarted = torchrun and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     chosen = _recipe_for(out, recipe, fields, initial, resume=resume or restarted)
     if show_recipe:
         _print_recipe(chosen)
