@@ -80,7 +80,7 @@ class Harness:
             raise self.error
 
     def stop(self) -> None:
-        if self._thread.is_alive() and not self.application.draining:
+        if self._thread.is_alive() and self.server._draining is None:
             self.loop.call_soon_threadsafe(self.server.stop)
         self._thread.join(20)
         assert not self._thread.is_alive()
