@@ -18,6 +18,7 @@ from torch import Tensor
 
 from topfive.cli import main
 from topfive_training.checkpoint import load_model, load_tensors
+from topfive_training.journal import Journal
 
 STATE = "resume/state.safetensors"
 SAVE_EVERY_STEP = ("--save-every-minutes", "1e-9")
@@ -168,6 +169,45 @@ def test_a_rank_that_dies_takes_the_others_along_and_is_named(photographs: Path,
     assert process.returncode == 1
     assert re.search(r"rank \d of 2 was ended by SIGKILL", said), said
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_signal_in_validation_is_obeyed_too(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
+    assert main(train_words(photographs, undisturbed, "--epochs", "2")) == 0
+    show = Journal.show
+
+    def and_interrupt(self: Journal, what: str, *details: Any) -> None:
+        show(self, what, *details)
+        if what == "validation":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as context:
+        context.setattr(Journal, "show", and_interrupt)
+        assert main(train_words(photographs, out, "--epochs", "2")) == 128 + signal.SIGTERM
+    assert "saved at step 6 of 12" in capsys.readouterr().err
+    assert main(train_words(photographs, out, "--epochs", "2", "--resume")) == 0
+    assert [record["step"] for record in records(out)] == [record["step"] for record in records(undisturbed)]
+    assert_close(weights(out), weights(undisturbed))
+
+
+def test_a_full_disk_leaves_the_last_state_whole(photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--epochs", "40", "--cache", str(tmp_path / "cache"), *SAVE_EVERY_STEP)
+    process = start_and_wait_for(train_command(photographs, out, *options), out / STATE, step=2)
+    process.kill()
+    process.communicate()
+    before = (out / STATE).read_bytes()
+    # No file may grow beyond half of the state: what a full disk looks like from inside.
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
+    python, flag, program, *words = train_command(photographs, out, *options, "--resume")
+    done = run([python, flag, limited + program, *words])
+    assert done.returncode == 1
+    assert re.search(r"state.safetensors could not be written: .*File too large", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert (out / STATE).read_bytes() == before
+    assert [path.name for path in (out / "resume").iterdir()] == ["state.safetensors"]
 
 
 @pytest.mark.slow

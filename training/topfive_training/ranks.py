@@ -202,16 +202,22 @@ def _child(place: _Place, report: Connection, body: Callable[..., int], argument
         with joined(place.rank, place.size, place.rank, place.size, store) as ranks:
             status = body(ranks, *arguments)
     except Exception as error:
-        # What a rank sees when another has died is a consequence; the other's own error is the one to show.
-        secondary = isinstance(error, dist.DistError | RuntimeError) and not isinstance(error, TopfiveError)
-        known = isinstance(error, TopfiveError | ValueError | OSError)
-        report.send((secondary, str(error) if known else f"{type(error).__name__}: {error}"))
+        # A sentence for the user stands alone. What a rank sees when another has died is a consequence: RuntimeError,
+        # from a collective; the other's own error is the one to show.
+        for_users = isinstance(error, TopfiveError | ValueError)
+        secondary = isinstance(error, RuntimeError) and not for_users
+        text = str(error) if for_users else f"rank {place.rank} of {place.size} failed: {_described(error)}"
+        report.send((secondary, text))
         if os.environ.get("TOPFIVE_DEBUG"):
             raise
         # Without clean-up: a collective that waits for the dead would hang it.
         os._exit(1)
     sys.stdout.flush()
     os._exit(status)
+
+
+def _described(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def _end_with_parent() -> None:
@@ -268,8 +274,7 @@ def _first_error(children: list[Any], reports: list[Connection]) -> str:
         whose = f"rank {rank} of {len(children)}"
         try:
             if report.poll():
-                secondary, text = report.recv()
-                found.append((secondary, f"{whose} failed: {text}"))
+                found.append(report.recv())
         except EOFError:  # it has ended without a word
             if child.exitcode is not None and child.exitcode < 0:
                 name = signal.Signals(-child.exitcode).name
