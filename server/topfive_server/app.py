@@ -112,6 +112,24 @@ class Application:
         finally:
             self._account(exchange)
 
+    async def start_grpc(self, port: int) -> tuple[Any, int]:
+        """Offer Triton's protocol over gRPC, too; returns the server, to be stopped by the caller, and its port.
+
+        Raises:
+            OSError: the port cannot be had.
+        """
+        from topfive_server.oip_grpc import GrpcInference, start_grpc  # noqa: PLC0415  an extra of its own
+
+        service = GrpcInference(
+            config=self.config,
+            models=self.models,
+            admission=self.admission,
+            metrics=self.metrics,
+            keys=self._keys,
+            rest=self._oip,
+        )
+        return await start_grpc(service, self.config, port)
+
     def begin_drain(self) -> None:
         """Say no to `/readyz`, and ask every client to reconnect (elsewhere)."""
         self.draining = True

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import resource
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
 
@@ -106,7 +107,8 @@ async def run(
             reloader.adopt(version)
         if config.watch:
             watch = asyncio.create_task(reloader.watch(config.watch_interval_s))
-        await server.serve(sockets=[listener])
+        async with offered_over_grpc(application, config):
+            await server.serve(sockets=[listener])
         log.info("stopped")
         return EXIT_LOST if server.lost_requests else 0
     finally:
@@ -116,6 +118,28 @@ async def run(
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(model.close(), 5)
         pool.close()
+
+
+@contextlib.asynccontextmanager
+async def offered_over_grpc(application: Application, config: ServerConfig) -> AsyncIterator[None]:
+    """Triton's protocol over gRPC beside HTTP, where `grpc_port` asks for it.
+
+    Raises:
+        StartError: the port cannot be had.
+    """
+    if config.grpc_port is None:
+        yield
+        return
+    try:
+        server, port = await application.start_grpc(config.grpc_port)
+    except OSError as error:
+        raise StartError(str(error)) from error
+    log.info("serving gRPC", extra={"address": f"{config.host}:{port}"})
+    try:
+        yield
+    finally:
+        # New calls are refused since HTTP's listener closed; those under way are answered.
+        await server.stop(config.drain_timeout_s)
 
 
 def computing(config: ServerConfig, runtime: RuntimeOptions) -> tuple[Device, EngineMaker, Wanted]:

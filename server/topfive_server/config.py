@@ -19,6 +19,8 @@ class ServerConfig:
     """Address to listen on; `0.0.0.0` serves the network, and then API keys and TLS are worth a thought."""
     port: int = 8000
     """Port to listen on; 0 takes a free one and says which."""
+    grpc_port: int | None = None
+    """Port for Triton's gRPC protocol, 0 for a free one; none: not offered. Needs the `triton` extra."""
 
     device: str = "auto"
     """What computes: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda` or `cuda:1`."""
@@ -86,6 +88,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """Reject nonsense, naming the field."""
         self._within("port", 0, 65535)
+        if self.grpc_port is not None:
+            self._within("grpc_port", 0, 65535)
         self._within("versions", 1, 1000)
         self._within("decode_threads", 0, 4096)
         self._within("canary_percent", 0, 99)

@@ -5,7 +5,6 @@ client sends the decoded square. Not offered: `features`, shared memory, loading
 `POST /v1/admin/reload`), tracing and log settings.
 """
 
-import asyncio
 import json
 import re
 import zlib
@@ -14,19 +13,15 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
-import numpy as np
-
 from topfive._version import __version__
 from topfive_server.admission import Admission
-from topfive_server.batcher import Answer, Job
+from topfive_server.batcher import Answer
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
-    DeadlineExceededError,
     NotReadyError,
     RequestError,
     TooLargeError,
-    UnknownModelError,
 )
 from topfive_server.exchange import Exchange
 from topfive_server.models import Models
@@ -38,12 +33,13 @@ from topfive_server.oip_codec import (
     encode_response,
     parse_request,
 )
+from topfive_server.oip_compute import compute, find_model, interface_of, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.receive import ClientGoneError, Receive, read_body
 from topfive_server.served_model import ServedModel
 
 PREFIX: Final = "/v2"
-_EXTENSIONS: Final = (
+EXTENSIONS: Final = (
     "classification",
     "model_configuration",
     "binary_tensor_data",
@@ -97,8 +93,9 @@ class OpenInference:
         self._models = models
         self._pool = pool
         self._admission = admission
-        self._draining = draining
-        self._statistics: dict[tuple[str, str], Statistics] = {}
+        self.draining = draining
+        self.statistics: dict[tuple[str, str], Statistics] = {}
+        """By model and version; the gRPC side counts here, too."""
 
     async def __call__(self, exchange: Exchange, receive: Receive) -> None:
         """Answer one request; errors are `{"error": ...}`, as Triton's clients expect."""
@@ -135,11 +132,11 @@ class OpenInference:
             return self._about(match["model"], match["version"], match["action"])
         if path == "/v2":
             exchange.route = path
-            return _Reply.json({"name": "topfive", "version": __version__, "extensions": list(_EXTENSIONS)})
+            return _Reply.json({"name": "topfive", "version": __version__, "extensions": list(EXTENSIONS)})
         if path in {"/v2/health/live", "/v2/health/ready"}:
             exchange.route = path
             live = path.endswith("live") or (
-                not self._draining() and all(m.health.ready for m in self._models)
+                not self.draining() and all(m.health.ready for m in self._models)
             )
             return _Reply(status=200 if live else 503, type="text/plain")
         raise ProtocolError("Not Found", 404)
@@ -147,19 +144,21 @@ class OpenInference:
     def _about(self, name: str, version: str | None, action: str | None) -> _Reply:
         if action == "ready":
             try:
-                ready = self._model(name, version).health.ready
+                ready = find_model(self._models, name, version).health.ready
             except ProtocolError:
                 ready = False
             return (
                 _Reply(type="text/plain") if ready else _Reply.json({"error": "Model version not ready"}, 400)
             )
-        model = self._model(name, version)
+        model = find_model(self._models, name, version)
         if action == "stats":
             return _Reply.json({"model_stats": [self._stats(model)]})
         if action == "config":
-            return _Reply.json(model_config(self._interface(model)))
+            return _Reply.json(model_config(interface_of(model, self._config)))
         versions = [m.info.version for m in self._models if m.info.name == model.info.name]
-        return _Reply.json(model_metadata(self._interface(model), versions if version is None else [version]))
+        return _Reply.json(
+            model_metadata(interface_of(model, self._config), versions if version is None else [version])
+        )
 
     def _index(self) -> _Reply:
         rows = [
@@ -174,7 +173,7 @@ class OpenInference:
         return _Reply.json(rows)
 
     async def _infer(self, exchange: Exchange, receive: Receive, name: str, version: str | None) -> _Reply:
-        model = self._model(name, version)
+        model = find_model(self._models, name, version)
         if self.refusing or not model.health.ready:
             reason = "the server is shutting down" if self.refusing else model.health.reason
             raise NotReadyError(f"model '{name[:80]}' is not ready: {reason}", retry_after_s=5)
@@ -190,16 +189,18 @@ class OpenInference:
                 receive, exchange.headers, ticket, max_bytes=limit, timeout_s=self._config.body_timeout_s
             )
             exchange.bytes_in = len(body)
-            request = await self._parse(exchange, body, self._interface(model))
+            request = await self._parse(exchange, body, interface_of(model, self._config))
             ticket.add_images(len(request.images_NHWC))
             exchange.images = len(request.images_NHWC)
             exchange.timings["receive"] = monotonic() - exchange.started
             # Looked up again: a hot reload may have happened while the body came in.
-            model = self._model(name, version)
+            model = find_model(self._models, name, version)
             exchange.model, exchange.version = model.info.name, model.info.version
-            statistics = self._statistics.setdefault((model.info.name, model.info.version), Statistics())
+            statistics = self.statistics.setdefault((model.info.name, model.info.version), Statistics())
             try:
-                answers = await self._answers(exchange, receive, model, request)
+                answers = await compute(
+                    model, request, started=exchange.started, config=self._config, gone=_gone(receive)
+                )
             except RequestError:
                 statistics.failures += 1
                 statistics.failure_s += monotonic() - exchange.started
@@ -221,51 +222,6 @@ class OpenInference:
             return parse()
         return await self._pool.run(parse)
 
-    async def _answers(
-        self, exchange: Exchange, receive: Receive, model: ServedModel, request: InferRequest
-    ) -> list[Answer]:
-        """Every image's answer.
-
-        Raises:
-            RequestError: one of them failed, or the deadline passed; then the whole request has.
-            ClientGoneError: the client has left.
-        """
-        loop = asyncio.get_running_loop()
-        timeout_s = min(request.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s)
-        deadline = exchange.started + timeout_s
-        jobs = []
-        for image in request.images_NHWC:
-            job = Job(
-                deadline=deadline, priority="batch" if request.priority > 1 else "interactive", loop=loop
-            )
-            job.image = image
-            job.width = job.height = image.shape[0]
-            model.batcher.expect()
-            model.batcher.submit(job)
-            jobs.append(job)
-
-        def give_up(error: RequestError | None) -> None:
-            for job in jobs:
-                job.answer.cancel() if error is None else job.fail(error)
-
-        gone = loop.create_task(_gone(receive))
-        gone.add_done_callback(lambda _: give_up(None))
-        late = DeadlineExceededError("the deadline passed before the answer was there")
-        timer = loop.call_later(max(deadline - monotonic(), 0), give_up, late)
-        try:
-            return [await job.answer for job in jobs]
-        except asyncio.CancelledError:
-            if gone.done() and not gone.cancelled():
-                raise ClientGoneError from None
-            raise
-        finally:
-            timer.cancel()
-            gone.cancel()
-            for job in jobs:
-                # One image's error is the request's: the others' answers are not waited for, nor left unread.
-                if not job.answer.cancel() and not job.answer.cancelled():
-                    job.answer.exception()
-
     def _reply(
         self, exchange: Exchange, request: InferRequest, model: ServedModel, answers: Sequence[Answer]
     ) -> _Reply:
@@ -275,12 +231,8 @@ class OpenInference:
         timings["queue"] = max(answer.queue_s for answer in answers)
         timings["batch"] = max(answer.batch_s for answer in answers)
         timings["infer"] = max(answer.infer_s for answer in answers)
-        arrays: dict[str, np.ndarray[Any, Any]] = {
-            "probabilities": np.stack([answer.probabilities_T for answer in answers]),
-            "classes": np.stack([answer.classes_T for answer in answers]),
-            "scores": np.stack([answer.scores_C for answer in answers]),
-        }
-        body, json_length = encode_response(request, arrays, self._interface(model), model.info.version)
+        interface = interface_of(model, self._config)
+        body, json_length = encode_response(request, stack(answers), interface, model.info.version)
         headers = []
         if json_length is not None:
             headers.append((HEADER_LENGTH.encode(), str(json_length).encode()))
@@ -292,26 +244,9 @@ class OpenInference:
             body=body, type=_JSON if json_length is None else "application/octet-stream", headers=headers
         )
 
-    def _model(self, name: str, version: str | None) -> ServedModel:
-        try:
-            return self._models.get(name, version)
-        except UnknownModelError:
-            which = f"'{name[:80]}'" + (f" version {version[:20]}" if version is not None else "")
-            raise ProtocolError(f"Request for unknown model: {which} is not found", 404) from None
-
-    def _interface(self, model: ServedModel) -> Interface:
-        info = model.info
-        return Interface(
-            name=info.name,
-            side=model.input_side,
-            classes=info.spec.architecture.classes,
-            max_batch=self._config.max_images,
-            labels=info.spec.labels,
-        )
-
     def _stats(self, model: ServedModel) -> dict[str, Any]:
         key = model.info.name, model.info.version
-        return self._statistics.get(key, Statistics()).as_json(*key)
+        return self.statistics.get(key, Statistics()).as_json(*key)
 
 
 def _require(method: str, wanted: str) -> None:

@@ -20,7 +20,6 @@ INPUT: Final = "image"
 DATATYPES: Final = {"probabilities": "FP32", "classes": "INT64", "scores": "FP32"}
 """Outputs and their wire types, in the order in which they are sent by default."""
 HEADER_LENGTH: Final = "inference-header-content-length"
-_BINARY: Final = {"FP32": "<f4", "INT64": "<i8"}
 
 
 class ProtocolError(Exception):
@@ -94,7 +93,15 @@ def parse_request(body: bytes, header_length: str | None, interface: Interface) 
             )
     if header_length is not None and length == 0:
         return _raw_request(body, interface)
-    header = _json(body[:length])
+    return parse_message(_json(body[:length]), body[length:] if length < len(body) else b"", interface)
+
+
+def parse_message(header: Mapping[str, Any], binary: bytes, interface: Interface) -> InferRequest:
+    """Parse a request whose JSON part (or the like of it) is read already; `binary` follows it.
+
+    Raises:
+        ProtocolError: it breaks the protocol, or does not fit the model.
+    """
     inputs = _member(header, "inputs", list, "the request")
     parameters = _parameters(header, "the request")
     if len(inputs) != 1 or not isinstance(inputs[0], dict):
@@ -110,7 +117,7 @@ def parse_request(body: bytes, header_length: str | None, interface: Interface) 
         raise ProtocolError("Unable to parse 'id': it must be a string")
     return InferRequest(
         id=id_,
-        images_NHWC=_images(inputs[0], body[length:] if length < len(body) else b"", interface),
+        images_NHWC=_images(inputs[0], binary, interface),
         outputs=_outputs(header, parameters, interface),
         timeout_s=_whole_number(parameters, "timeout") / 1e6 or None,
         priority=_whole_number(parameters, "priority"),
@@ -239,28 +246,12 @@ def encode_response(
     rows: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for wanted in request.outputs:
-        array = arrays[wanted.name]
-        if wanted.classification:
-            texts = _classification(
-                array, wanted.classification, interface.labels if wanted.name == "scores" else None
-            )
-            row = {"name": wanted.name, "datatype": "BYTES", "shape": [len(texts), len(texts[0])]}
-            flat = [text for line in texts for text in line]
-            data = (
-                b"".join(struct.pack("<I", len(t)) + t for t in (text.encode() for text in flat))
-                if wanted.binary
-                else b""
-            )
-        else:
-            datatype = DATATYPES[wanted.name]
-            row = {"name": wanted.name, "datatype": datatype, "shape": list(array.shape)}
-            data = array.astype(_BINARY[datatype], copy=False).tobytes() if wanted.binary else b""
-            flat = [] if wanted.binary else array.ravel().tolist()
+        row, values = describe_output(wanted, arrays[wanted.name], interface)
         if wanted.binary:
-            row["parameters"] = {"binary_data_size": len(data)}
-            parts.append(data)
+            parts.append(to_binary(values))
+            row["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            row["data"] = flat
+            row["data"] = values.ravel().tolist()
         rows.append(row)
     head = {"id": request.id} if request.id is not None else {}
     text = json.dumps(
@@ -269,6 +260,25 @@ def encode_response(
         ensure_ascii=False,
     ).encode()
     return b"".join([text, *parts]), len(text) if parts else None
+
+
+def describe_output(
+    wanted: WantedOutput, array: NDArray[Any], interface: Interface
+) -> tuple[dict[str, Any], NDArray[Any]]:
+    """Name, datatype and shape of an output as it is sent, and its values: numbers, or texts (dtype object)."""
+    if wanted.classification:
+        labels = interface.labels if wanted.name == "scores" else None
+        array = np.array(_classification(array, wanted.classification, labels), object)
+    datatype = "BYTES" if wanted.classification else DATATYPES[wanted.name]
+    return {"name": wanted.name, "datatype": datatype, "shape": list(array.shape)}, array
+
+
+def to_binary(values: NDArray[Any]) -> bytes:
+    """Little-endian numbers; texts each behind its length (the binary tensor data extension)."""
+    if values.dtype != object:
+        return bytes(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
+    texts = (text.encode() for text in values.ravel())
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
 def _classification(array: NDArray[Any], count: int, labels: Sequence[str] | None) -> list[list[str]]:
@@ -300,7 +310,7 @@ def _json(text: bytes) -> dict[str, Any]:
 def _member(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     value = record.get(name)
     if not isinstance(value, kind):
-        words = {list: "an array", str: "a string"}[kind]
+        words = "an array" if kind is list else "a string"
         found = "is missing" if name not in record else f"must be {words}"
         raise ProtocolError(f"Unable to parse '{name}': in {where} it {found}")
     return value

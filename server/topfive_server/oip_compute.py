@@ -1,0 +1,108 @@
+"""From a parsed request of the Open Inference Protocol to its answers, through the batcher; for REST and gRPC."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topfive_server.batcher import Answer, Job
+from topfive_server.config import ServerConfig
+from topfive_server.errors import DeadlineExceededError, RequestError, UnknownModelError
+from topfive_server.models import Models
+from topfive_server.oip_codec import InferRequest, Interface, ProtocolError
+from topfive_server.receive import ClientGoneError
+from topfive_server.served_model import ServedModel
+
+
+async def compute(
+    model: ServedModel,
+    request: InferRequest,
+    *,
+    started: float,
+    config: ServerConfig,
+    gone: Coroutine[Any, Any, None] | None,
+) -> list[Answer]:
+    """Every image's answer.
+
+    Args:
+        model: answers.
+        request: the images, and how long they may take.
+        started: when the request came, on the monotonic clock.
+        config: bounds the time-out.
+        gone: returns when the client has left; None where leaving cancels the caller.
+
+    Raises:
+        RequestError: one of them failed, or the deadline passed; then the whole request has.
+        ClientGoneError: the client has left.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = started + min(request.timeout_s or config.request_timeout_s, config.request_timeout_s)
+    jobs = []
+    for image in request.images_NHWC:
+        job = Job(deadline=deadline, priority="batch" if request.priority > 1 else "interactive", loop=loop)
+        job.image = image
+        job.width = job.height = image.shape[0]
+        model.batcher.expect()
+        model.batcher.submit(job)
+        jobs.append(job)
+
+    def give_up(error: RequestError | None) -> None:
+        for job in jobs:
+            job.answer.cancel() if error is None else job.fail(error)
+
+    watch = None if gone is None else loop.create_task(gone)
+    if watch is not None:
+        watch.add_done_callback(lambda _: give_up(None))
+    late = DeadlineExceededError("the deadline passed before the answer was there")
+    timer = loop.call_later(max(deadline - monotonic(), 0), give_up, late)
+    try:
+        return [await job.answer for job in jobs]
+    except asyncio.CancelledError:
+        if watch is not None and watch.done() and not watch.cancelled():
+            raise ClientGoneError from None
+        raise
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
+        for job in jobs:
+            # One image's error is the request's: the others' answers are not waited for, nor left unread.
+            if not job.answer.cancel() and not job.answer.cancelled():
+                job.answer.exception()
+
+
+def find_model(models: Models, name: str, version: str | None) -> ServedModel:
+    """The model version in service.
+
+    Raises:
+        ProtocolError: there is none, in the words that Triton uses.
+    """
+    try:
+        return models.get(name, version)
+    except UnknownModelError:
+        which = f"'{name[:80]}'" + (f" version {version[:20]}" if version is not None else "")
+        raise ProtocolError(f"Request for unknown model: {which} is not found", 404) from None
+
+
+def interface_of(model: ServedModel, config: ServerConfig) -> Interface:
+    """What the model takes and gives, as the protocol describes it."""
+    info = model.info
+    return Interface(
+        name=info.name,
+        side=model.input_side,
+        classes=info.spec.architecture.classes,
+        max_batch=config.max_images,
+        labels=info.spec.labels,
+    )
+
+
+def stack(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
+    """The answers as one array for each output."""
+    return {
+        "probabilities": np.stack([answer.probabilities_T for answer in answers]),
+        "classes": np.stack([answer.classes_T for answer in answers]),
+        "scores": np.stack([answer.scores_C for answer in answers]),
+    }
