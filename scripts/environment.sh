@@ -55,7 +55,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 command -v curl >/dev/null || apt_install curl
 
-say "installing $* into $venv (the first time this downloads about half a gigabyte)"
+say "installing $* into $venv (the first time this downloads half a gigabyte; several with a CUDA build of PyTorch)"
 # By environment, so that they hold for the build backend too (its own variable since pip 25.3).
 export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 "$venv/bin/python" -m pip install "$@" \
