@@ -62,24 +62,21 @@ def _parameter(name: str, place: str, schema: dict[str, Any], description: str) 
     return {"name": name, "in": place, "required": False, "schema": schema, "description": description}
 
 
-def _responses() -> dict[str, Any]:
+def _errors() -> dict[str, Any]:
     by_status: dict[int, list[type[RequestError]]] = {}
     for kind in all_errors():
         by_status.setdefault(kind.status, []).append(kind)
-    responses: dict[str, Any] = {
-        "200": {
-            "description": "At least one image was classified; the others carry their `error`.",
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}},
-        }
-    }
-    for status, kinds in by_status.items():
-        responses[str(status)] = {
+    return {
+        str(status): {
             "description": "; ".join(f"`{kind.code}`: {kind.title}" for kind in kinds),
             "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
         }
-    return responses
+        for status, kinds in by_status.items()
+    }
 
 
+ERRORS: Final = _errors()
+"""Status -> the response object of its problem documents."""
 CLASSIFY: Final[dict[str, Any]] = {
     "tags": ["classify"],
     "summary": "Classify one image, or several",
@@ -122,8 +119,22 @@ CLASSIFY: Final[dict[str, Any]] = {
             },
         },
     },
-    "responses": _responses(),
+    "responses": {
+        "200": {
+            "description": "At least one image was classified; the others carry their `error`.",
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}},
+        },
+        **ERRORS,
+    },
 }
+
+
+def _say_what_we_answer(operation: dict[str, Any]) -> None:
+    """FastAPI documents 422 with a body of its own for bad parameters; here they get 400 and a problem document."""
+    responses = operation["responses"]
+    if "HTTPValidationError" in str(responses.get("422")):
+        del responses["422"]
+        responses |= {status: ERRORS[status] for status in ("400", "404")}
 
 
 def add_classify(api: FastAPI) -> None:
@@ -136,7 +147,12 @@ def add_classify(api: FastAPI) -> None:
             )
             put = {**CLASSIFY, "operationId": "classify_put"}  # what `curl -T` sends
             document["paths"] = {"/v1/classify": {"post": CLASSIFY, "put": put}, **document["paths"]}
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    _say_what_we_answer(operation)
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
             schemas.update(Answer=_ANSWER, Image=_IMAGE, Problem=_PROBLEM)
             api.openapi_schema = document
         return api.openapi_schema

@@ -16,7 +16,8 @@ function card(file) {
   const picture = element("img");
   picture.alt = file.name;
   picture.src = URL.createObjectURL(file);
-  picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
+  picture.onload = () => URL.revokeObjectURL(picture.src);
+  picture.onerror = () => picture.remove();
   figure.append(picture, element("figcaption", "", file.name));
   const answer = element("div", "answer");
   answer.append(element("p", "quiet", "Looking…"));
@@ -72,7 +73,7 @@ addEventListener("drop", (event) => {
 });
 addEventListener("paste", (event) => classifyAll([...event.clipboardData.files]));
 
-by("curl").textContent = `curl -T photo.jpg -X POST ${location.origin}/v1/classify`;
+by("curl").textContent = `curl -T photo.jpg ${location.origin}/v1/classify`;
 async function describe() {
   const response = await fetch("/v1/models", { headers: headers() });
   by("keyline").hidden = response.status !== 401 && !key.value;
@@ -81,5 +82,6 @@ async function describe() {
   const model = models.find((m) => m.default);
   if (model) by("model").textContent = `${model.name} version ${model.version}: ${model.classes} classes, on ${model.device}`;
 }
+by("keyline").addEventListener("submit", (event) => { event.preventDefault(); describe(); });
 key.addEventListener("change", describe);
 describe().catch(() => { message.textContent = "The server does not answer."; });
