@@ -19,6 +19,7 @@ from tests.client.score_fakes import (
     FILES,
     REPOSITORY,
     FakeClassifier,
+    color_of,
     copy_of,
     photos,
     rows_of,
@@ -184,6 +185,18 @@ def test_an_engine_that_fails_on_everything_stops_the_job(photos: Path, tmp_path
     assert saved_rows(tmp_path / "r.jsonl") == 0
     score_with(FakeClassifier(), photos, tmp_path / "r.jsonl")
     assert {row["status"] for row in rows_of(tmp_path / "r.jsonl")} == {"ok"}
+
+
+def test_a_job_that_goes_on_hands_the_engine_the_batches_it_would_have_had(
+    photos: Path, tmp_path: Path
+) -> None:
+    order = sorted(f"batch{index % 10}/{index:04}.png" for index in range(FILES))
+    broken = [color_of(int(Path(path).stem)) for path in order[13:]]
+    with pytest.raises(StoppedError):
+        score_with(Failing(broken), photos, tmp_path / "r.jsonl")
+    assert saved_rows(tmp_path / "r.jsonl") == 13
+    score_with(classifier := FakeClassifier(), photos, tmp_path / "r.jsonl")
+    assert classifier.batches[:3] == [3, 8, 8]
 
 
 # --- stop and go on
