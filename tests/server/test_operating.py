@@ -1,0 +1,90 @@
+"""docs/operating.md and the dashboard name what the code has: settings with their defaults, statuses, metrics, routes."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from topfive_server.config import ServerConfig
+from topfive_server.errors import all_errors
+from topfive_server.session import RuntimeOptions
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading."""
+    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def exported() -> dict[str, set[str]]:
+    """Every metric of a running server with its labels, as the exposition names it."""
+    from tests.server.fakes import picture
+    from tests.server.harness import serving
+
+    with serving() as server:
+        server.classify(picture(1))
+        families = list(server.on_loop(lambda: list(server.application.metrics.registry.collect())))
+        # Labelled families without a sample yet do not tell their labels by samples.
+        collectors = server.application.metrics
+    labels: dict[str, set[str]] = {}
+    for value in vars(collectors).values():
+        if hasattr(value, "_labelnames"):
+            suffix = "_total" if value._type == "counter" else ""
+            labels[value._name + suffix] = set(value._labelnames)
+    for family in families:
+        if family.name.startswith("topfive_") and family.samples:
+            name = family.name + ("_total" if family.type == "counter" else "")
+            labels.setdefault(name, set(family.samples[0].labels) - {"le"})
+    return labels
+
+
+def test_every_setting_with_its_default() -> None:
+    documented = {flag.strip("`"): default.strip("`") for flag, default, _ in rows("Settings")}
+    real = {}
+    for kind in (ServerConfig, RuntimeOptions):
+        defaults = kind()
+        for field in dataclasses.fields(kind):
+            real[f"--{field.name.replace('_', '-')}"] = str(getattr(defaults, field.name))
+    assert documented == real
+
+
+def test_every_status() -> None:
+    documented = {(int(status), code.strip("`")) for status, code, _ in rows("Statuses")}
+    assert documented == {(kind.status, kind.code) for kind in all_errors()}
+
+
+def test_every_metric_with_its_labels() -> None:
+    documented = {name.strip("`"): set(re.findall(r"`(\w+)`", labels)) for name, labels, _ in rows("Metrics")}
+    assert documented == exported()
+
+
+def test_every_field_of_the_log() -> None:
+    import inspect
+
+    from topfive_server.app import Application
+
+    source = inspect.getsource(Application._account)
+    section = TEXT.split("\n## The log\n")[1].split("\n## ")[0]
+    fields = re.findall(r'^\s+"(\w+)":', source, re.MULTILINE)
+    assert len(fields) >= 10
+    for field in fields:
+        assert f"`{field}`" in section
+
+
+def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
+    dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    assert len(expressions) >= 10
+    known = exported()
+    for expression in expressions:
+        names = re.findall(r"topfive_\w+", expression)
+        assert names
+        for name in names:
+            assert re.sub(r"_(bucket|sum|count)$", "", name) in known, expression
+        for group in re.findall(r"by \(([^)]*)\)", expression):
+            for label in group.replace(" ", "").split(","):
+                assert label == "le" or any(label in labels for labels in known.values()), expression
