@@ -386,7 +386,9 @@ def test_statistics_count_requests_images_and_batches() -> None:
                 f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode()
             )
             connection.sendall(body)
-        eventually(lambda: server.model.batcher.depth + len(server.engine.seen) == 4)
+            # The first batch has begun before the second request comes, which waits for it: two batches of two.
+            eventually(lambda: server.engine.seen == [1, 2])
+        eventually(lambda: server.model.batcher.depth == 2)
         server.release()
         for connection in first:
             assert connection.recv(15) == b"HTTP/1.1 200 OK"
