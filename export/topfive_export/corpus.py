@@ -5,6 +5,7 @@ Shapes: M images, H rows, W columns, C colours.
 
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,9 @@ def given_pictures(folder: Path, labels: Sequence[str], *, limit: int) -> list[P
     """
     if not folder.is_dir():
         raise ExportError(f"--images {folder} is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    # Class folders are often links to where the photographs lie.
+    walked = os.walk(folder, followlinks=True)
+    paths = sorted(Path(place) / name for place, _, names in walked for name in names if _is_image(name))
     if not paths:
         raise ExportError(f"--images {folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     if len(paths) > limit:
@@ -71,6 +74,10 @@ def given_pictures(folder: Path, labels: Sequence[str], *, limit: int) -> list[P
     if not readable:
         raise ExportError(f"none of the {len(pictures)} images in --images {folder} can be decoded")
     return readable
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
 
 
 def _decodes(data: bytes) -> bool:

@@ -54,13 +54,16 @@ def test_given_pictures_are_labelled_by_folder_and_spread_evenly(tmp_path: Path)
     _save(tmp_path / "elsewhere.png", "green")
     (tmp_path / "val" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
     (tmp_path / "notes.txt").write_text("no image")
+    _save(tmp_path.parent / f"{tmp_path.name}-far" / "linked.png", "white")
+    (tmp_path / "val" / "bird").symlink_to(tmp_path.parent / f"{tmp_path.name}-far")
     pictures = given_pictures(tmp_path, ["dog", "cat"], limit=100)
     labels = {picture.name: picture.label for picture in pictures}
     assert labels["val/cat/0.png"] == 1
     assert labels["val/dog/5.jpg"] == 0
     assert labels["elsewhere.png"] is None
     assert "val/cat/broken.jpg" not in labels
-    assert len(pictures) == 13
+    assert "val/bird/linked.png" in labels
+    assert len(pictures) == 14
     few = given_pictures(tmp_path, ["dog", "cat"], limit=4)
     assert {picture.label for picture in few} >= {0, 1}
 
