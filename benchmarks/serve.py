@@ -92,7 +92,9 @@ class InProcess:
 
 
 def _ceiling_process(pipe: Connection, models: Path, folder: Path, device: str, variant: Wanted) -> None:
-    InProcess(hot_model(models, device, variant), [p.read_bytes() for p in sorted(folder.iterdir())], device).serve(pipe)
+    InProcess(
+        hot_model(models, device, variant), [p.read_bytes() for p in sorted(folder.iterdir())], device
+    ).serve(pipe)
 
 
 class Ceiling:
@@ -101,7 +103,9 @@ class Ceiling:
     def __init__(self, models: Path, folder: Path, device: str, variant: Wanted) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        context.Process(target=_ceiling_process, args=(theirs, models, folder, device, variant), daemon=True).start()
+        context.Process(
+            target=_ceiling_process, args=(theirs, models, folder, device, variant), daemon=True
+        ).start()
         self.best: dict[str, Any] = {}
 
     def measure(self, name: str, **arguments: Any) -> float:
@@ -142,7 +146,18 @@ def server(models: Path, device: str, variant: str, flags: Sequence[str]) -> Ite
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     program = Path(sys.executable).with_name("topfive")
-    command = [program, "serve", models, "--port", str(port), "--device", device, "--variant", variant, *flags]
+    command = [
+        program,
+        "serve",
+        models,
+        "--port",
+        str(port),
+        "--device",
+        device,
+        "--variant",
+        variant,
+        *flags,
+    ]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -222,7 +237,11 @@ def main() -> None:
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("this needs wrk: apt-get install wrk")
-    report: dict[str, Any] = {"hardware": hardware(), "variant": options.variant, "images": len(list(options.images.iterdir()))}
+    report: dict[str, Any] = {
+        "hardware": hardware(),
+        "variant": options.variant,
+        "images": len(list(options.images.iterdir())),
+    }
     ceiling = Ceiling(options.models, options.images, options.device, options.variant)
     report["calibration"] = ceiling.calibrate(options.seconds / 2)
     report["best"] = ceiling.best

@@ -15,7 +15,7 @@ from topfive_server import logs
 from topfive_server.app import Application
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
-from topfive_server.devices import Device, DeviceError, resolve
+from topfive_server.devices import Device, DeviceError, resolve_all
 from topfive_server.lifecycle import Server, listen
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
@@ -150,8 +150,8 @@ def computing(config: ServerConfig, runtime: RuntimeOptions) -> tuple[Device, En
         ValueError: an endpoint is not host:port.
     """
     if not runtime.triton:
-        device = resolve(config.device)
-        return device, onnx_engines(device, runtime), runtime.variant
+        devices = resolve_all(config.device)
+        return devices[0], onnx_engines(devices, runtime), runtime.variant
     from topfive_server.triton_engine import TritonOptions, triton_engines  # noqa: PLC0415  an extra of its own
 
     fleet = ", ".join(runtime.triton)

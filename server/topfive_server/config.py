@@ -23,7 +23,7 @@ class ServerConfig:
     """Port for Triton's gRPC protocol, 0 for a free one; none: not offered. Needs the `triton` extra."""
 
     device: str = "auto"
-    """What computes: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda` or `cuda:1`."""
+    """What computes: `auto` (the GPUs where there are any, else the CPU), `cpu`, `cuda` (all GPUs) or `cuda:1` (one)."""
     model: str = ""
     """Name of the model that answers when a request names none; empty: the only one, or the first by name."""
     versions: int = 1

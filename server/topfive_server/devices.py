@@ -9,6 +9,7 @@ missing library and the fix. The CPU is used when it is asked for, or when the m
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib.metadata
 import io
 import os
@@ -86,6 +87,19 @@ def resolve(asked: str) -> Device:
             raise DeviceError(f"device {asked} cannot be used: {check.detail}. {check.fix} {_or_cpu()}")
     reason = "CUDA was asked for" if asked != "auto" else f"auto: {gpus} GPU{'s' if gpus > 1 else ''} found"
     return Device(kind="cuda", index=index, reason=reason)
+
+
+def resolve_all(asked: str) -> list[Device]:
+    """Like `resolve`, but `auto` and `cuda` mean every GPU that the driver shows; never empty.
+
+    Raises:
+        DeviceError: as `resolve`.
+    """
+    first = resolve(asked)
+    if first.kind == "cpu" or ":" in asked:
+        return [first]
+    gpus, _ = count_gpus()
+    return [dataclasses.replace(first, index=index) for index in range(gpus)]
 
 
 def count_gpus() -> tuple[int, str]:

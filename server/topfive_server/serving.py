@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -12,6 +12,7 @@ from topfive_server.decode_pool import DecodePool
 from topfive_server.devices import Device, DeviceError
 from topfive_server.engine import Engine, EngineError
 from topfive_server.errors import RequestError
+from topfive_server.many_engines import ManyEngines
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.onnx_engine import OnnxEngine
@@ -30,12 +31,13 @@ class StartError(TopfiveError):
     """The server cannot start; the message says why and what to do."""
 
 
-def onnx_engines(device: Device, runtime: RuntimeOptions) -> EngineMaker:
-    """Makes engines that run in this process."""
+def onnx_engines(devices: Sequence[Device], runtime: RuntimeOptions) -> EngineMaker:
+    """Makes engines that run in this process: one, or one for each device behind a common queue."""
 
     def for_version(version: ModelVersion) -> EngineFactory:
         async def build() -> Engine:
-            return await asyncio.to_thread(OnnxEngine, version, device, runtime)
+            engines = [await asyncio.to_thread(OnnxEngine, version, device, runtime) for device in devices]
+            return engines[0] if len(engines) == 1 else ManyEngines(engines)
 
         return build
 

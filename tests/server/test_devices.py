@@ -8,7 +8,15 @@ import onnxruntime
 import pytest
 
 from topfive_server import devices
-from topfive_server.devices import Device, DeviceError, cores, describe, required_libraries, resolve
+from topfive_server.devices import (
+    Device,
+    DeviceError,
+    cores,
+    describe,
+    required_libraries,
+    resolve,
+    resolve_all,
+)
 
 
 class FakeMachine:
@@ -68,6 +76,14 @@ def test_a_gpu_is_used_when_everything_is_there(machine: FakeMachine) -> None:
     assert resolve("cuda:1") == Device(kind="cuda", index=1, reason="CUDA was asked for")
     assert resolve("auto").reason == "auto: 2 GPUs found"
     assert resolve("auto").provider == "CUDAExecutionProvider"
+
+
+def test_all_gpus_are_used_unless_one_is_named(machine: FakeMachine) -> None:
+    machine.gpus = 3
+    for asked in ("auto", "cuda"):
+        assert [str(device) for device in resolve_all(asked)] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert [str(device) for device in resolve_all("cuda:1")] == ["cuda:1"]
+    assert [str(device) for device in resolve_all("cpu")] == ["cpu"]
 
 
 def test_the_cpu_is_used_when_asked_for_or_when_there_is_no_gpu_at_all(bare: FakeMachine) -> None:

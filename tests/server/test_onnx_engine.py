@@ -337,11 +337,10 @@ def test_a_silent_fallback_to_the_cpu_is_refused(tmp_path: Path, capfd: pytest.C
 
 def test_provider_options_follow_the_settings() -> None:
     cuda = Device(kind="cuda", index=2, reason="test")
-    name, settings_ = provider_options(
-        cuda, RuntimeOptions(tf32=False, gpu_memory_bytes=5), cuda_graphs=True
-    )[0]
-    assert name == "CUDAExecutionProvider"
-    assert isinstance(settings_, dict)
+    options = RuntimeOptions(tf32=False, gpu_memory_bytes=5)
+    first: Any = provider_options(cuda, options, cuda_graphs=True)[0]
+    assert first[0] == "CUDAExecutionProvider"
+    settings_ = first[1]
     assert settings_["device_id"] == "2"
     assert settings_["use_tf32"] == "0"
     assert settings_["enable_cuda_graph"] == "1"

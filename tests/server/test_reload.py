@@ -395,7 +395,7 @@ async def real(root: Path, **settings: Any) -> AsyncIterator[tuple[Loader, Reloa
     models, metrics = Models(), Metrics()
     loader = Loader(
         root,
-        engines=onnx_engines(CPU, RuntimeOptions(threads=1)),
+        engines=onnx_engines([CPU], RuntimeOptions(threads=1)),
         device=CPU,
         variant="auto",
         config=config,
