@@ -129,7 +129,7 @@ SCORE_WITH_SLOW_ENGINE = """
 import sys, types
 from tests.client.score_fakes import FakeClassifier
 from topfive.cli import main
-fake = types.SimpleNamespace(LocalClassifier=lambda models, **_: FakeClassifier(delay_s=float(sys.argv[1])))
+fake = types.SimpleNamespace(LocalClassifier=lambda models, **_: FakeClassifier(delay_s=float(sys.argv[1]), quick_images=30))
 sys.modules["topfive_server.local"] = fake
 sys.exit(main(["score", *sys.argv[2:]]))
 """
@@ -144,7 +144,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, status: in
         words = [str(folder), "-o", str(output), "--model", str(tmp_path / "m"), "--save-every-s", "0"]
         return [sys.executable, "-c", SCORE_WITH_SLOW_ENGINE, str(delay_s), *words]
 
-    with subprocess.Popen(command(0.05), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(0.5), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
         while saved_rows(output) < 20 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(number)
@@ -160,7 +160,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, status: in
 
 
 def test_a_second_signal_ends_it_at_once_and_it_still_resumes(tmp_path: Path) -> None:
-    folder, output = draw_folder(tmp_path / "photos", 40), tmp_path / "r.jsonl"
+    folder, output = draw_folder(tmp_path / "photos", 60), tmp_path / "r.jsonl"
     (tmp_path / "m").mkdir()
     words = [str(folder), "-o", str(output), "--model", str(tmp_path / "m"), "--save-every-s", "0"]
     command = [sys.executable, "-c", SCORE_WITH_SLOW_ENGINE]
@@ -176,4 +176,4 @@ def test_a_second_signal_ends_it_at_once_and_it_still_resumes(tmp_path: Path) ->
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == -signal.SIGINT
     subprocess.run([*command, "0", *words], cwd=REPOSITORY, check=True)
-    assert len(rows_of(output)) == 40
+    assert len(rows_of(output)) == 60
