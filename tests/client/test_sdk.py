@@ -561,26 +561,35 @@ def test_one_async_client_serves_several_event_loops(server: FakeServer) -> None
     assert len(set(labels)) == 1
 
 
-def test_a_client_goes_on_working_in_a_forked_child(server: FakeServer) -> None:
+def answer_of_a_forked_child(client: Client | AsyncClient, ask: Callable[[], str]) -> str:
+    """What `ask` says in a child that is forked while another thread, as it were, holds the client's lock."""
     fork = multiprocessing.get_context("fork")
-    with Client(server.url) as client:
-        before = client.classify(jpeg()).best.label
-        client._lock.acquire()  # as another thread may hold it at the moment of the fork
-        reader, writer = fork.Pipe(duplex=False)
-        child = fork.Process(target=lambda: writer.send(client.classify(jpeg()).best.label))
+    reader, writer = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: writer.send(ask()), daemon=True)
+    with client._lock:
         child.start()
-        client._lock.release()
+    try:
         assert reader.poll(30), "the child is stuck"
-        assert reader.recv() == before
-        child.join(30)
-        assert child.exitcode == 0
+        return str(reader.recv())
+    finally:
+        child.kill()
+        child.join()
         reader.close()
         writer.close()
-        assert client.classify(jpeg()).best.label == before, "the parent's connection is whole"
+
+
+def test_a_client_goes_on_working_in_a_forked_child(server: FakeServer) -> None:
+    with Client(server.url) as client:
+
+        def ask() -> str:
+            return client.classify(jpeg()).best.label
+
+        before = ask()
+        assert answer_of_a_forked_child(client, ask) == before
+        assert ask() == before, "the parent's connection is whole"
 
 
 def test_an_async_client_goes_on_working_in_a_forked_child(server: FakeServer) -> None:
-    fork = multiprocessing.get_context("fork")
     client = AsyncClient(server.url)
 
     async def run() -> str:
@@ -589,17 +598,10 @@ def test_an_async_client_goes_on_working_in_a_forked_child(server: FakeServer) -
         finally:
             await client.aclose()
 
-    before = asyncio.run(run())
-    reader, writer = fork.Pipe(duplex=False)
-    client._lock.acquire()
-    child = fork.Process(target=lambda: writer.send(asyncio.run(run())))
-    child.start()
-    client._lock.release()
-    assert reader.poll(30), "the child is stuck"
-    assert reader.recv() == before
-    child.join(30)
-    reader.close()
-    writer.close()
+    def ask() -> str:
+        return asyncio.run(run())
+
+    assert answer_of_a_forked_child(client, ask) == ask()
 
 
 def test_clients_leave_no_connection_behind(server: FakeServer) -> None:
