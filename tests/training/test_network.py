@@ -17,16 +17,24 @@ def test_published_parameter_counts(name: ArchitectureName, parameters: int) -> 
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
-@pytest.mark.parametrize("overlapping", [True, False])
-@pytest.mark.parametrize("side", [227, 224])
-def test_sizes_round_up_as_in_the_original(overlapping: bool, side: int) -> None:
+@pytest.mark.parametrize(
+    ("side", "overlapping", "expected"),
+    [
+        #            conv1 pool1 conv2 pool2 conv3 pool5
+        (227, True, [55, 27, 27, 13, 13, 6]),
+        (224, True, [55, 27, 27, 13, 13, 6]),
+        (227, False, [55, 27, 27, 13, 13, 6]),
+        # Here every division leaves a remainder: ceil((200 - 11) / 4) + 1 = 49, ceil((49 - 3) / 2) + 1 = 24, ...
+        (200, True, [49, 24, 24, 12, 12, 6]),
+    ],
+)
+def test_sizes_round_up_as_in_the_original(side: int, overlapping: bool, expected: list[int]) -> None:
     network = AlexNet(Architecture(classes=3, width=0.02, overlapping_pooling=overlapping))
     sizes: list[int] = []
     for module in (network.conv1, network.pool, network.conv2, network.conv3):
         module.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[-1]))
     network(torch.zeros(1, 3, side, side))
-    #       conv1 pool1 conv2 pool2 conv3 pool5
-    assert sizes == [55, 27, 27, 13, 13, 6]
+    assert sizes == expected
 
 
 def test_224_is_227_with_zeros_at_the_right_and_bottom() -> None:
