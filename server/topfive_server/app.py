@@ -175,18 +175,20 @@ class Application:
             level,
             "slow request" if slow else "request",
             extra={
-                "request_id": exchange.request_id,
-                "client": client[0] if client else None,
-                "method": exchange.scope["method"],
-                "path": exchange.scope["path"][:200],
-                "status": exchange.status or 499,  # as nginx counts clients that left
-                "code": exchange.code,
-                "ms": round(seconds * 1000, 2),
-                "bytes": exchange.bytes_in,
-                "images": exchange.images,
-                "model": exchange.model,
-                "version": exchange.version,
-                **{f"{stage}_ms": round(s * 1000, 2) for stage, s in exchange.timings.items()},
+                "fields": {
+                    "request_id": exchange.request_id,
+                    "client": client[0] if client else None,
+                    "method": exchange.scope["method"],
+                    "path": exchange.scope["path"][:200],
+                    "status": exchange.status or 499,  # as nginx counts clients that left
+                    "code": exchange.code,
+                    "ms": round(seconds * 1000, 2),
+                    "bytes": exchange.bytes_in,
+                    "images": exchange.images,
+                    "model": exchange.model,
+                    "version": exchange.version,
+                    **{f"{stage}_ms": round(s * 1000, 2) for stage, s in exchange.timings.items()},
+                }
             },
         )
 

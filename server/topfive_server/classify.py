@@ -30,6 +30,7 @@ from topfive_server.estimate import Average
 from topfive_server.exchange import Exchange
 from topfive_server.models import Models
 from topfive_server.receive import (
+    CHUNKS,
     ClientGoneError,
     Receive,
     Upload,
@@ -106,7 +107,12 @@ class ClassifyEndpoint:
         timeout_s = min(config.body_timeout_s, wish.timeout_s)
         try:
             body = await read_body(
-                receive, exchange.headers, ticket, max_bytes=config.max_body_bytes, timeout_s=timeout_s
+                receive,
+                exchange.headers,
+                ticket,
+                max_bytes=config.max_body_bytes,
+                timeout_s=timeout_s,
+                come=exchange.scope.get(CHUNKS),
             )
         except BodyTimeoutError as error:
             if timeout_s < config.body_timeout_s:

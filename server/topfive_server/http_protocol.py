@@ -1,4 +1,9 @@
-"""Uvicorn's HTTP/1.1 protocol with what it lacks: limits on the time and the size of headers, and a lossless goodbye."""
+"""Uvicorn's HTTP/1.1 protocol with what it lacks.
+
+* Limits on the time and the size of headers, and a lossless goodbye.
+* An answer leaves in one piece: uvicorn writes its head and its body by themselves, which costs a second system call.
+* The body of the hot route reaches the application as the chunks that came from the socket, not copied twice more.
+"""
 
 import asyncio
 import json
@@ -8,9 +13,43 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from topfive_server.config import ServerConfig
 from topfive_server.errors import BadRequestError, BodyTimeoutError, HeadersTooLargeError, RequestError
+from topfive_server.receive import CHUNKS, Chunks
 
 GOODBYE_S: Final = 1.0
 """Seconds between the listener's end and the end of idle connections: a request may be on its way in one."""
+
+DIRECT_PATH: Final = "/v1/classify"
+"""The hot route; its body does not go through uvicorn's messages."""
+_ENOUGH: Final = 1_000_000
+"""Bytes that wait in a connection before reading from it pauses."""
+
+
+class OnePiece:
+    """A transport that sends what is written within one turn of the event loop at once."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._pieces: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send it with whatever else is written in this turn."""
+        if not self._pieces:
+            self._loop.call_soon(self._flush)
+        self._pieces.append(data)
+
+    def close(self) -> None:
+        """Send what was written, then close."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            self._transport.write(b"".join(pieces))
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -26,10 +65,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reading_headers = False
         self._begun = False
         self._leaving = False
+        self._chunks: Chunks | None = None
+        """Of the request under way, on the hot route."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Start the clock for the first request."""
-        super().connection_made(transport)
+        super().connection_made(OnePiece(transport, self.loop))  # type: ignore[arg-type]  # it does what one does
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -63,13 +104,23 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         super().on_headers_complete()
+        self._chunks = None
+        if self.scope["path"] == DIRECT_PATH:
+            self._chunks = self.scope[CHUNKS] = Chunks()  # type: ignore[typeddict-unknown-key]
         if self._leaving:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Ignore the body of a request that was refused."""
-        if self.cycle is not None:
+        """Hand the body on; ignore that of a request that was refused."""
+        if self._idle():
+            return
+        if self._chunks is None:
             super().on_body(body)
+            return
+        self._chunks.add(body)
+        if self._chunks.size > _ENOUGH:
+            self.flow.pause_reading()  # until the application has taken it
+        self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """Likewise."""

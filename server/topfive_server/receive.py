@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Receive = Callable[[], Awaitable[Any]]
 
+CHUNKS: Final = "topfive.chunks"
+"""Where the ASGI scope may hold a request's `Chunks`; the `http.request` messages are then empty."""
 MAX_FILENAME: Final = 255
 """Characters of a file name that are kept."""
 
@@ -38,6 +40,26 @@ class Upload(NamedTuple):
 
     filename: str | None
     data: bytes | memoryview
+
+
+class Chunks:
+    """What has come of a request's body and was not taken yet."""
+
+    __slots__ = ("_list", "size")
+
+    def __init__(self) -> None:
+        self._list: list[bytes] = []
+        self.size = 0
+
+    def add(self, chunk: bytes) -> None:
+        """A piece has come."""
+        self._list.append(chunk)
+        self.size += len(chunk)
+
+    def take(self) -> list[bytes]:
+        """All there is."""
+        taken, self._list, self.size = self._list, [], 0
+        return taken
 
 
 def declared_length(headers: Mapping[bytes, bytes]) -> int | None:
@@ -55,9 +77,15 @@ def declared_length(headers: Mapping[bytes, bytes]) -> int | None:
 
 
 async def read_body(
-    receive: Receive, headers: Mapping[bytes, bytes], ticket: Ticket, *, max_bytes: int, timeout_s: float
+    receive: Receive,
+    headers: Mapping[bytes, bytes],
+    ticket: Ticket,
+    *,
+    max_bytes: int,
+    timeout_s: float,
+    come: Chunks | None = None,
 ) -> bytes:
-    """Read the whole body.
+    """Read the whole body, from the messages or from `come`, which the protocol fills.
 
     Raises:
         TooLargeError: more than `max_bytes`, declared or counted.
@@ -76,7 +104,7 @@ async def read_body(
                 message = await receive()
                 if message["type"] != "http.request":
                     raise ClientGoneError
-                if chunk := message.get("body", b""):
+                for chunk in come.take() if come is not None else [message.get("body", b"")]:
                     size += len(chunk)
                     if size > max_bytes:
                         raise TooLargeError(f"the body has more than {max_bytes:,} bytes, the limit")
