@@ -238,7 +238,7 @@ def _tasks(root: Path, names: list[str], per_class: int, seed: int) -> Iterator[
 def demo_images(dest: Path, *, classes: int = 10, per_class: int = 100, seed: int = 0) -> None:
     """Draw a set of labelled pictures to try everything on.
 
-    Writes DEST/train/<class>/*.jpg and DEST/val/<class>/*.jpg, one validation picture for every five to train on.
+    Writes DEST/train/CLASS/ and DEST/val/CLASS/ with JPEG files, one validation picture for every five to train on.
     The folder appears complete or not at all.
 
     Args:
