@@ -118,6 +118,7 @@ def test_a_generator_that_is_late_charges_itself_and_says_so() -> None:
 
     point = virtually(run())
     assert point.max_ms == pytest.approx(2000, rel=0.01)
+    assert point.p90_ms > 900, "those that it sent late are charged as well"
     assert point.lag_p99_ms > 1700
 
 
