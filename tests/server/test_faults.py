@@ -243,7 +243,7 @@ def test_a_client_that_leaves_is_not_even_decoded_for(monkeypatch: pytest.Monkey
     with serving() as server, ThreadPoolExecutor() as threads:
         monkeypatch.setattr("topfive_server.decode_pool.decode", slow_decode)
         stays = [threads.submit(server.classify, picture(red)) for red in (1, 2)]  # both decode threads
-        eventually(lambda: server.model.batcher.expected == 2)
+        eventually(lambda: server.application.admission.images == 2)
         with server.connect() as connection:
             body = picture(3, size=(50, 50))
             connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
