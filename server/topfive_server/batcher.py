@@ -33,6 +33,8 @@ PRIORITIES: Final[tuple[Priority, ...]] = ("interactive", "batch")
 
 _LINGER_S: Final = 0.003
 """Most seconds that an engine that has just finished waits for those it has answered to come back."""
+_SURELY: Final = 0.8
+"""Share of the predicted time that a batch will surely take."""
 _AGING: Final = 8
 """After this many batches without one, a batch of `interactive` images takes the longest-waiting `batch` image along."""
 
@@ -290,13 +292,13 @@ class Batcher:
     def _take(self, free_at: float) -> list[Job]:
         """Up to `max_batch` images that somebody still waits for."""
         batch: list[Job] = []
+        # An answer that would come too late is not worth the engine's time, which others can use.
         now = monotonic()
+        back = now + _SURELY * self.times.predict(min(len(self._queue), self.max_batch))
         while len(batch) < self.max_batch and len(self._queue):
             for job in self._queue.pop(self.max_batch - len(batch)):
-                if job.wanted and now >= job.deadline:
-                    job.fail(
-                        DeadlineExceededError("the deadline passed while the image waited for the engine")
-                    )
+                if job.wanted and back >= job.deadline:
+                    job.fail(DeadlineExceededError("the deadline was too near when the engine became free"))
                 if not job.wanted:
                     job.image = None
                     self._observer.dropped("engine", job.unwanted_because)

@@ -26,7 +26,7 @@ from topfive_server.errors import (
     RequestError,
     TooLargeError,
 )
-from topfive_server.estimate import Average
+from topfive_server.estimate import Average, Bias
 from topfive_server.exchange import Exchange
 from topfive_server.models import Models
 from topfive_server.receive import (
@@ -42,6 +42,8 @@ from topfive_server.receive import (
 from topfive_server.served_model import ServedModel
 
 MAX_TOP_K: Final = 100
+_MARGIN: Final = 1.25
+"""Admission keeps this factor of the predicted time, because half of all answers take longer than predicted."""
 _PARAMETERS: Final = ("top_k", "model", "version")
 
 
@@ -72,6 +74,7 @@ class ClassifyEndpoint:
         self._admission = admission
         self._receive_s = Average()
         self._decode_s = Average()
+        self._bias = Bias()
 
     async def __call__(self, exchange: Exchange, receive: Receive) -> None:
         """Answer one request; every `RequestError` becomes its problem document."""
@@ -93,10 +96,16 @@ class ClassifyEndpoint:
                 # Looked up again: a hot reload may have happened while the body came in.
                 model = self._models.get(wish.model, wish.version)
                 exchange.model, exchange.version = model.info.name, model.info.version
+                begun = monotonic()
+                left_s = deadline - begun if wish.has_deadline else float("inf")
+                predicted_s = self._refuse_if_late(model, len(uploads), left_s)
                 jobs = [model.classify(u.data, deadline=deadline, priority=wish.priority) for u in uploads]
             finally:
                 arrival.end()
-            outcomes = await self._await_answers(jobs, deadline, receive)
+            try:
+                outcomes = await self._await_answers(jobs, deadline, receive)
+            finally:
+                self._bias.observe(predicted_s, monotonic() - begun)
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
 
     async def _receive(
@@ -141,16 +150,25 @@ class ClassifyEndpoint:
             )
         self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(wish))
         if wish.has_deadline:
-            needed_s = (
-                model.batcher.seconds_until_answered() + self._receive_s.or_zero() + self._decode_s.or_zero()
-            )
-            if needed_s > wish.timeout_s:
-                raise DeadlineUnreachableError(
-                    f"an answer takes {needed_s * 1000:.0f} ms at the present load, "
-                    f"more than the {wish.timeout_s * 1000:.0f} ms of X-Timeout-Ms",
-                    retry_after_s=needed_s - wish.timeout_s,
-                )
+            self._refuse_if_late(model, 1, wish.timeout_s - self._receive_s.or_zero())
         return model.batcher.arriving()
+
+    def _refuse_if_late(self, model: ServedModel, images: int, left_s: float) -> float:
+        """Seconds until images that are handed in now are answered, from what was measured.
+
+        Raises:
+            DeadlineUnreachableError: more than `left_s`.
+        """
+        predicted_s = model.batcher.seconds_until_answered(images) + self._decode_s.or_zero()
+        needed_s = predicted_s * self._bias.factor * _MARGIN
+        if needed_s > left_s:
+            self._bias.relax()
+            raise DeadlineUnreachableError(
+                f"an answer takes {needed_s * 1000:.0f} ms at the present load, "
+                f"and only {max(left_s, 0) * 1000:.0f} ms of X-Timeout-Ms are left",
+                retry_after_s=needed_s - left_s,
+            )
+        return predicted_s
 
     async def _unpack(self, body: bytes, headers: Mapping[bytes, bytes]) -> list[Upload]:
         limits = {"max_bytes": self._config.max_body_bytes, "max_images": self._config.max_images}

@@ -59,3 +59,22 @@ class Average:
     def or_zero(self) -> float:
         """The mean, or 0 while nothing is known."""
         return self._value or 0.0
+
+
+class Bias:
+    """How much longer answers take than was predicted: what the model of batches leaves out, learned from answers."""
+
+    _NEW = 0.05
+    _RELAX = 0.01
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def observe(self, predicted_s: float, actual_s: float) -> None:
+        """Compare a prediction with what came of it; a lost deadline counts with the time until then."""
+        ratio = min(max(actual_s / max(predicted_s, 0.001), 0.5), 10.0)
+        self.factor += self._NEW * (ratio - self.factor)
+
+    def relax(self) -> None:
+        """Forget a little with every refusal, so that a server that refuses everything tries again."""
+        self.factor += self._RELAX * (1.0 - self.factor)

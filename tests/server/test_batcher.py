@@ -14,6 +14,7 @@ from tests.server.fakes import FakeEngine, make_info, pixels
 
 from topfive_server.batcher import Batcher, Job, Priority
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
+from topfive_server.estimate import Bias
 
 
 class Log:
@@ -121,7 +122,7 @@ def test_those_just_answered_may_join_the_next_batch() -> None:
 def test_an_engine_that_has_just_finished_lingers_only_for_a_moment() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(), max_delay_s=1000)
-        bench.batcher.times.calibrate([(1, 1000.0), (8, 1000.0)])
+        bench.batcher.times.calibrate([(1, 1.0), (8, 1.0)])
         bench.engine.gate.clear()
         first = bench.send(1)
         await settle()
@@ -413,5 +414,28 @@ def test_any_interleaving_gives_each_image_its_own_answer(
                 assert isinstance(job.answer.exception(), EngineFailedError)
             elif not job.answer.cancelled():
                 assert red_of(job) == red
+
+    on_loop(test)
+
+
+def test_predictions_learn_what_they_leave_out_and_forget_it_again() -> None:
+    bias = Bias()
+    for _ in range(100):
+        bias.observe(0.1, 0.3)
+    assert 2.9 < bias.factor <= 3
+    for _ in range(1000):
+        bias.relax()
+    assert bias.factor < 1.01
+
+
+def test_an_answer_that_would_come_too_late_does_not_take_the_engines_time() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine())
+        bench.batcher.times.calibrate([(1, 2.0), (8, 2.0)])
+        hopeless, patient = bench.send(1, timeout_s=1), bench.send(2, timeout_s=10)
+        with pytest.raises(DeadlineExceededError):
+            await hopeless.answer
+        await patient.answer
+        assert bench.engine.batches == [[2]]
 
     on_loop(test)
