@@ -37,7 +37,7 @@ from topfive_server.logs import REQUESTS, request_id
 from topfive_server.metrics import CONTENT_TYPE, Metrics, gauge
 from topfive_server.models import Models
 from topfive_server.oip import PREFIX, OpenInference
-from topfive_server.openapi import add_classify
+from topfive_server.openapi import describe_api
 from topfive_server.receive import Receive
 from topfive_server.reload import Reloader
 
@@ -224,9 +224,11 @@ def make_fastapi(application: Application) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         telemetry={"auto_configure": False},
+        # A redirect would lead to whatever the Host header says, or behind a proxy to where nobody can go.
+        redirect_slashes=False,
     )
     models = application.models
-    add_classify(api)
+    describe_api(api, open_paths=None if application.config.api_keys is None else OPEN_PATHS)
     pages.add(api)
     if application.reloader is not None:
         admin.add(api, application.reloader)

@@ -1,5 +1,6 @@
-"""The description of `POST /v1/classify`, which is no FastAPI route, for `/openapi.json`."""
+"""`/openapi.json`: the description of `POST /v1/classify`, which is no FastAPI route, and what all routes answer."""
 
+from collections.abc import Collection
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -7,7 +8,7 @@ from fastapi.openapi.utils import get_openapi
 
 from topfive_server.batcher import PRIORITIES
 from topfive_server.classify import MAX_TOP_K
-from topfive_server.errors import RequestError, all_errors
+from topfive_server.openapi_answers import ANSWERS, ERRORS
 
 _TOP: Final[dict[str, Any]] = {
     "type": "array",
@@ -31,6 +32,11 @@ _PROBLEM: Final[dict[str, Any]] = {
         "status": {"type": "integer"},
         "detail": {"type": "string"},
         "request_id": {"type": "string"},
+        "images": {
+            "type": "array",
+            "items": {"$ref": "#/components/schemas/Image"},
+            "description": "Of a multipart request of which no image was classified.",
+        },
     },
 }
 _IMAGE: Final[dict[str, Any]] = {
@@ -62,21 +68,12 @@ def _parameter(name: str, place: str, schema: dict[str, Any], description: str) 
     return {"name": name, "in": place, "required": False, "schema": schema, "description": description}
 
 
-def _errors() -> dict[str, Any]:
-    by_status: dict[int, list[type[RequestError]]] = {}
-    for kind in all_errors():
-        by_status.setdefault(kind.status, []).append(kind)
-    return {
-        str(status): {
-            "description": "; ".join(f"`{kind.code}`: {kind.title}" for kind in kinds),
-            "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        }
-        for status, kinds in by_status.items()
-    }
+_SCHEMES: Final[dict[str, Any]] = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 
 
-ERRORS: Final = _errors()
-"""Status -> the response object of its problem documents."""
 CLASSIFY: Final[dict[str, Any]] = {
     "tags": ["classify"],
     "summary": "Classify one image, or several",
@@ -129,31 +126,50 @@ CLASSIFY: Final[dict[str, Any]] = {
 }
 
 
-def _say_what_we_answer(operation: dict[str, Any]) -> None:
-    """FastAPI documents 422 with a body of its own for bad parameters; here they get 400 and a problem document."""
+def _say_what_we_answer(path: str, operation: dict[str, Any]) -> None:
+    """Add the schemas of a route's answers, and its errors.
+
+    FastAPI documents 422 with a body of its own for bad parameters; here they get 400 and a problem document.
+    """
     responses = operation["responses"]
+    responses |= ANSWERS[path]
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
         responses |= {status: ERRORS[status] for status in ("400", "404")}
 
 
-def add_classify(api: FastAPI) -> None:
-    """Put the classify route and the shared schemas into the application's OpenAPI document."""
+def _say_what_needs_a_key(document: dict[str, Any], open_paths: Collection[str]) -> None:
+    document["components"]["securitySchemes"] = _SCHEMES
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path not in open_paths:
+                operation["security"] = [{name: []} for name in _SCHEMES]
+                operation["responses"] |= {"401": ERRORS["401"]}
+
+
+def describe_api(api: FastAPI, *, open_paths: Collection[str] | None) -> None:
+    """Put the classify route, all answers and the shared schemas into the application's OpenAPI document.
+
+    With API keys, `open_paths` are those that need none; None without keys.
+    """
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
             document = get_openapi(
                 title=api.title, version=api.version, summary=api.summary, routes=api.routes
             )
-            put = {**CLASSIFY, "operationId": "classify_put"}  # what `curl -T` sends
-            document["paths"] = {"/v1/classify": {"post": CLASSIFY, "put": put}, **document["paths"]}
-            for operations in document["paths"].values():
+            for path, operations in document["paths"].items():
                 for operation in operations.values():
-                    _say_what_we_answer(operation)
+                    _say_what_we_answer(path, operation)
+            put = {**CLASSIFY, "operationId": "classify_put"}  # what `curl -T` sends
+            post = {**CLASSIFY}
+            document["paths"] = {"/v1/classify": {"post": post, "put": put}, **document["paths"]}
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             schemas.update(Answer=_ANSWER, Image=_IMAGE, Problem=_PROBLEM)
+            if open_paths is not None:
+                _say_what_needs_a_key(document, open_paths)
             api.openapi_schema = document
         return api.openapi_schema
 
