@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.server.fakes import FakeEngine, make_info, pixels
+from tests.server.fakes import FakeEngine, make_info, pixels, probability
 
 from topfive_server.batcher import Batcher, Job, Priority
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
@@ -39,6 +39,7 @@ class Bench:
 
     def __init__(self, engine: FakeEngine, **settings: Any) -> None:
         self.engine = engine
+        engine.telling = True
         self.log = Log()
         self.batcher = Batcher(engine, observer=self.log, on_dead=self.log.deaths.append, **settings)
 
@@ -67,7 +68,10 @@ async def settle() -> None:
 
 
 def red_of(job: Job) -> int:
-    return int(job.answer.result().classes_T[0])
+    answer = job.answer.result()
+    red = int(answer.classes_T[0])
+    assert answer.probabilities_T[0] == answer.scores_C[red] == probability(red)
+    return red
 
 
 def test_a_lone_image_leaves_at_once() -> None:
