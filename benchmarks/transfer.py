@@ -129,8 +129,16 @@ def pretrain(arguments: argparse.Namespace) -> Path:
         str(arguments.crop),
     )
     epochs = ("--epochs", str(arguments.pretraining_epochs))
-    cores = len(os.sched_getaffinity(0))
-    train(arguments, arguments.out / "pretraining-images", out, cores, *shape, *epochs)
+    processes = ("--processes", str(arguments.jobs))
+    train(
+        arguments,
+        arguments.out / "pretraining-images",
+        out,
+        threads_of(arguments),
+        *shape,
+        *epochs,
+        *processes,
+    )
     return out
 
 
@@ -139,7 +147,7 @@ def run_one(arguments: argparse.Namespace, pretrained: Path, arm: Arm, seed: int
     out = folder(arguments.out, arm, seed)
     if (out / REPORT).is_file():
         return
-    threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
+    threads = threads_of(arguments)
     options = ["--epochs", str(arguments.epochs), "--seed", str(seed), "--workers", "1"]
     if arm.pretrained:
         options += ["--from", str(pretrained)]
@@ -152,6 +160,11 @@ def run_one(arguments: argparse.Namespace, pretrained: Path, arm: Arm, seed: int
     partial = out / (REPORT + ".partial")
     partial.write_text(said, encoding="utf-8")
     partial.replace(out / REPORT)
+
+
+def threads_of(arguments: argparse.Namespace) -> int:
+    """So that all jobs together have one for each core."""
+    return max(1, len(os.sched_getaffinity(0)) // int(arguments.jobs))
 
 
 def folder(out: Path, arm: Arm, seed: int) -> Path:
@@ -238,7 +251,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--pretraining-epochs", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=1, help="networks trained on few images at once")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes: of the pre-training, then one for each network"
+    )
     parser.add_argument("--report", action="store_true", help="print what is there, train nothing")
     return parser.parse_args()
 
