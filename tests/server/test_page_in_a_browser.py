@@ -53,12 +53,18 @@ def test_a_photo_gets_five_labels_with_bars_inside_its_card(page: Page, tmp_path
     bars.nth(4).wait_for()
     assert bars.count() == 5
     assert "64 \N{MULTIPLICATION SIGN} 48" in page.locator(".answer").inner_text()
-    card, track = page.locator(".answer").bounding_box(), page.locator("meter").first.bounding_box()
+    card, track = page.locator(".answer").bounding_box(), page.locator(".meter").first.bounding_box()
     assert card is not None
     assert track is not None
     assert track["x"] + track["width"] <= card["x"] + card["width"] + 1
+    fill = page.locator(".meter div").first.bounding_box()
+    assert fill is not None
+    assert (fill["y"], fill["height"]) == (track["y"], track["height"])
+    assert abs(fill["width"] - 0.5 * track["width"]) <= 1  # the fake engine's probability is a half
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    first, last = (float(page.locator("meter").nth(i).get_attribute("value") or "nan") for i in (0, 4))
+    first, last = (
+        float(page.locator(".meter").nth(i).get_attribute("aria-valuenow") or "nan") for i in (0, 4)
+    )
     assert 0 <= last <= first <= 1
 
 

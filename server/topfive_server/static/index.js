@@ -29,10 +29,15 @@ function card(file) {
 function bar({ label, probability }) {
   const row = element("li");
   const name = element("span", "label", label);
-  const meter = element("meter");
-  meter.max = 1;
-  meter.value = probability;
+  // <meter> cannot be styled alike in all browsers.
+  const meter = element("div", "meter");
   meter.title = String(probability);
+  meter.setAttribute("role", "meter");
+  meter.setAttribute("aria-valuenow", String(probability));
+  meter.setAttribute("aria-valuemax", "1");
+  const fill = element("div");
+  fill.style.width = `${100 * probability}%`;
+  meter.append(fill);
   const share = probability >= 0.0005 ? `${(100 * probability).toFixed(1)} %` : "< 0.1 %";
   row.append(name, meter, element("span", "share", share));
   return row;
