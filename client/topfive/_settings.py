@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 import httpx2
 
@@ -23,6 +24,8 @@ LIMITS = httpx2.Limits(keepalive_expiry=30.0)
 
 class ClientError(TopfiveError, ValueError):
     """An argument of a client that makes no sense."""
+
+    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

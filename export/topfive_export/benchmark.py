@@ -8,10 +8,11 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import numpy as np
 import onnxruntime
+from cyclopts import Parameter
 
 from topfive_export.repository import MODEL_FILE, read_report, versions
 from topfive_export.timing import machine
@@ -66,7 +67,7 @@ def benchmark(
     batch_sizes: tuple[int, ...] = (1, 4, 16),
     rounds: int = 10,
     threads: int = 0,
-    as_json: bool = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
     """Time every variant of a model repository on this machine, and say which one to serve here.
 

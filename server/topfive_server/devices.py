@@ -21,6 +21,8 @@ from typing import Any, Final, Literal, NamedTuple
 import onnxruntime
 from onnxruntime.capi import build_and_package_info
 
+from topfive.errors import TopfiveError
+
 CPU_PROVIDER: Final = "CPUExecutionProvider"
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 
@@ -30,7 +32,7 @@ _DRIVER_FOR_CUDA: Final = {12: 525, 13: 580}
 """CUDA major version -> oldest driver branch that runs it (CUDA release notes, table of minor version compatibility)."""
 
 
-class DeviceError(Exception):
+class DeviceError(TopfiveError):
     """The device asked for cannot be used; the message says what is missing and how to get it."""
 
 

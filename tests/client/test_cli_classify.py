@@ -116,7 +116,7 @@ def test_bad_usage_exits_2(options: list[str]) -> None:
     ("options", "says"), [(["--url", "localhost"], "http://"), (["--top-k", "0"], "top_k is 0")]
 )
 def test_bad_values_are_sentences(photo: str, options: list[str], says: str, capsys: Capture) -> None:
-    assert main(["classify", photo, *options]) == 1
+    assert main(["classify", photo, *options]) == 2
     assert says in capsys.readouterr().err
 
 

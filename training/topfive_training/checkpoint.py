@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from topfive.errors import TopfiveError
 from topfive.model_spec import ModelSpec
 from topfive_training.network import AlexNet
 
@@ -30,7 +31,7 @@ COLOR_COMPONENTS: Final = "augmentation.color_components"
 """Name of the colour noise's tensor, float32 [3, 3]: column i is the i-th eigenvector times its standard deviation."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TopfiveError, ValueError):
     """A checkpoint that is missing, damaged or inconsistent; the message is a sentence that names the file."""
 
 

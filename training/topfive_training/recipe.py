@@ -12,15 +12,18 @@ import inspect
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
 
+from topfive.errors import TopfiveError
 from topfive.model_spec import Architecture, ArchitectureName, Json
 
 _LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
-class RecipeError(ValueError):
+class RecipeError(TopfiveError, ValueError):
     """A recipe field that is unknown or out of range; the message is a sentence naming field, value and way out."""
+
+    exit_code: ClassVar[int] = 2
 
 
 def _require(condition: bool, field: str, value: object, allowed: str) -> None:

@@ -9,6 +9,7 @@ from typing import Final, Protocol, cast
 
 from PIL import Image
 
+from topfive.errors import TopfiveError
 from topfive.model_spec import ModelSpec
 from topfive.preprocessing import (
     CorruptImageError,
@@ -58,14 +59,18 @@ def load_classifier(
     """Load the engine for a model repository.
 
     Raises:
-        RefusedError: there is no such folder.
-        TopfiveError: the engine cannot load this model, or not on this device.
+        RefusedError: there is no such folder, or the engine cannot load this model, or not on this device.
         ModuleNotFoundError: the `scoring` extra is not installed.
     """
     if not models.is_dir():
         raise RefusedError(f"there is no model repository {models}; `topfive export` makes one")
     engine = importlib.import_module(_ENGINE)
-    classifier = engine.LocalClassifier(models, model=model, version=version, device=device, threads=threads)
+    try:
+        classifier = engine.LocalClassifier(
+            models, model=model, version=version, device=device, threads=threads
+        )
+    except TopfiveError as error:
+        raise RefusedError(str(error)) from error
     return cast("Classifier", classifier)
 
 
