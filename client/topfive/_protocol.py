@@ -292,6 +292,7 @@ def read_models(response: httpx2.Response, url: str) -> tuple[Model, ...]:
                 default=bool(model["default"]),
                 classes=int(model["classes"]),
                 crop=int(model["crop"]),
+                fingerprint=str(model["fingerprint"]),
             )
             for model in body["models"]
         )

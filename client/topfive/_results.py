@@ -73,3 +73,5 @@ class Model:
     """Number of classes."""
     crop: int
     """Side of the square of pixels that the network sees."""
+    fingerprint: str
+    """SHA-256 of the model's files and its preprocessing: equal ones give equal answers."""

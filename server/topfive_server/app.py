@@ -305,6 +305,7 @@ def describe(models: Models, model: Any) -> MutableMapping[str, Any]:
         "max_batch": model.batcher.max_batch,
         "provider": info.provider,
         "device": info.device,
+        "fingerprint": info.fingerprint,
         "labels_url": f"/v1/models/{info.name}/labels?version={info.version}",
     }
 

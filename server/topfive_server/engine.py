@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from topfive.errors import TopfiveError
 from topfive.model_spec import ModelSpec
 
 
@@ -36,6 +37,8 @@ class EngineInfo:
     """Most images that one call of `predict` may hold."""
     buckets: tuple[int, ...]
     """Batch sizes the device really runs, ascending (a batch is padded up to the next); empty: any size."""
+    fingerprint: str
+    """`ModelVersion.fingerprint`: SHA-256 of the model's files and its preprocessing."""
     parallel: int = 1
     """Batches that it computes at the same time: 1 for one device, more for a fleet."""
 
@@ -51,7 +54,7 @@ class Predictions(NamedTuple):
     """Softmax probabilities of all classes, in class order."""
 
 
-class EngineError(Exception):
+class EngineError(TopfiveError):
     """The engine failed on this batch; another batch may succeed. The message is a sentence for the log."""
 
 

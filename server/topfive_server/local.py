@@ -60,10 +60,10 @@ class LocalClassifier:
             where = resolve(device)
             chosen = _find(Repository(models), model, version, where)
             self._engine = OnnxEngine(chosen, where, RuntimeOptions(threads=threads or 0))
-            self.fingerprint = chosen.fingerprint()
         except (RepositoryError, DeviceError, EngineError, OSError) as error:
             raise LocalClassifierError(str(error)) from error
         info = self._engine.info
+        self.fingerprint = info.fingerprint
         self.spec = info.spec
         self.name = info.name
         self.version = info.version

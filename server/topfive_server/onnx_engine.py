@@ -8,7 +8,7 @@ the copy of batch n + 1 is hidden behind the arithmetic of batch n.
 import asyncio
 import queue
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -40,6 +40,7 @@ class OnnxEngine:
     Raises:
         DeviceError: the device cannot run the model.
         EngineError: ONNX Runtime cannot load the file.
+        BrokenModelError: the file has gone.
     """
 
     def __init__(self, model: ModelVersion, device: Device, options: RuntimeOptions | None = None) -> None:
@@ -50,7 +51,10 @@ class OnnxEngine:
                 f"model {model.name} takes images of any size; an engine needs a graph that takes fixed squares"
             )
         max_batch = options.batch_limit(device)
-        self._session = open_session(model, device, options)
+        # Hashing 244 MB takes as long as a few batches; the session takes longer to open.
+        with ThreadPoolExecutor(1, thread_name_prefix="fingerprint") as pool:
+            fingerprint = pool.submit(model.fingerprint)
+            self._session = open_session(model, device, options)
         self._device = device
         self._side = side
         self.info = EngineInfo(
@@ -61,6 +65,7 @@ class OnnxEngine:
             device=str(device),
             max_batch=max_batch,
             buckets=make_buckets(max_batch) if device.kind == "cuda" else (),
+            fingerprint=fingerprint.result(),
         )
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._accepting = threading.Lock()

@@ -119,6 +119,7 @@ class TritonEngine:
         endpoints = [_Endpoint(address) for address in options.endpoints]
         try:
             max_batch = await _survey(endpoints, model, version, options)
+            fingerprint = await asyncio.to_thread(version.fingerprint)
         except BaseException:
             await asyncio.gather(*(endpoint.client.close() for endpoint in endpoints))
             raise
@@ -130,6 +131,7 @@ class TritonEngine:
             device=",".join(options.endpoints),
             max_batch=max_batch,
             buckets=(),
+            fingerprint=fingerprint,
             parallel=_IN_FLIGHT * len(endpoints),
         )
         return cls(info, model, side, options, endpoints)

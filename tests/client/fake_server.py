@@ -103,6 +103,7 @@ class FakeServer:
     delay_s: float = 0.0
     ready: bool = True
     max_images: int = 1000
+    fingerprint: str = "ab" * 32
     busiest: int = 0
     url: str = "http://fake"
     _active: int = 0
@@ -141,7 +142,8 @@ class FakeServer:
             return (200 if self.ready else 503), {}, b"{}"
         if request.path == "/v1/models":
             model = {"name": "alexnet", "version": "1", "default": True, "classes": 1000, "crop": 227}
-            return 200, {}, json.dumps({"models": [{**model, "labels_url": "/x", "new": 1}]}).encode()
+            model |= {"fingerprint": self.fingerprint, "labels_url": "/x", "new": 1}
+            return 200, {}, json.dumps({"models": [model]}).encode()
         if request.path != "/v1/classify":
             return refusal(404, "not-found", f"no such path: {request.path}")
         if len(request.parts) > self.max_images:

@@ -238,6 +238,48 @@ def test_answers_of_another_version_stop_the_job(photos: Path, tmp_path: Path, f
         score_through(fake, photos, tmp_path / "r.jsonl")
 
 
+def test_other_weights_under_the_same_version_stop_the_job_at_once(
+    photos: Path, tmp_path: Path, fake: Server
+) -> None:
+    batches = 0
+
+    def restart(request: Request) -> Answer | None:
+        nonlocal batches
+        batches += 1
+        if batches == 2:
+            fake.fingerprint = "cd" * 32
+            raise httpx2.ReadError("Connection reset by peer")
+        return None
+
+    fake.rule = restart
+    server = ServerConfig(requests=1, request_images=2)
+    with pytest.raises(StoppedError, match="came back with another alexnet version 1"):
+        score_through(fake, photos, tmp_path / "labels.jsonl", server=server)
+
+
+def test_a_job_goes_on_only_with_the_weights_that_it_began_with(
+    photos: Path, tmp_path: Path, fake: Server
+) -> None:
+    output, stop = tmp_path / "labels.jsonl", threading.Event()
+
+    def stop_later(request: Request) -> Answer | None:
+        stop.set()
+        return None
+
+    fake.rule = stop_later
+    config = JobConfig(save_every_s=0)
+    server = ServerConfig(requests=1, request_images=2)
+    with pytest.raises(InterruptedJobError):
+        score_through(fake, photos, output, config=config, server=server, stop=stop)
+    fake.rule = lambda _: None
+    fake.fingerprint = "cd" * 32
+    with pytest.raises(RefusedError, match=f"fingerprint was {'ab' * 32}, now {'cd' * 32}"):
+        score_through(fake, photos, output, config=config, server=server)
+    fake.fingerprint = "ab" * 32
+    score_through(fake, photos, output, config=config, server=server)
+    assert len(rows_of(output)) == FILES
+
+
 def test_a_version_that_leaves_the_server_stops_the_job(photos: Path, tmp_path: Path, fake: Server) -> None:
     fake.rule = lambda _: refusal(404, "unknown-model", "there is no version 1 of alexnet")
     with pytest.raises(StoppedError, match="refuses: there is no version 1 of alexnet"):

@@ -376,7 +376,9 @@ def test_a_deadline_ends_the_retries(ask: Ask, fake: FakeServer) -> None:
 
 def test_models_and_readiness(ask: Ask, fake: FakeServer) -> None:
     [model] = ask("models")
-    assert model == topfive.Model(name="alexnet", version="1", default=True, classes=1000, crop=227)
+    assert model == topfive.Model(
+        name="alexnet", version="1", default=True, classes=1000, crop=227, fingerprint=fake.fingerprint
+    )
     assert ask("ready") is True
     fake.ready = False
     assert ask("ready") is False

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from topfive import (
@@ -58,7 +58,7 @@ class ServerConfig:
 
 
 class RemoteScorer:
-    """Files to outcomes through a server; the model is pinned by name and version for the whole job."""
+    """Files to outcomes through a server; the model is pinned by name, version and fingerprint for the whole job."""
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class RemoteScorer:
         self._note = note
         self._lock = threading.Lock()
         self._away = False
+        self._in_doubt = False
         self._answered_s = time.monotonic()
         self._model = _choose(client.models(), model, version, client.url)
 
@@ -105,7 +106,7 @@ class RemoteScorer:
         return Identity(
             model=self._model.name,
             version=self._model.version,
-            fingerprint=f"{self._model.classes} classes, crop {self._model.crop}, as a server lists it",
+            fingerprint=self._model.fingerprint,
             classes=self._model.classes,
             runs_on=self._client.url,
         )
@@ -197,13 +198,36 @@ class RemoteScorer:
                 )
             )
         except ApiConnectionError as error:
+            self._in_doubt = True
             return [error] * len(images)
         except (ApiStatusError, ApiResponseError) as error:
             raise StoppedError(f"the server at {self._client.url} refuses: {error}") from error
         results = [self._read(answer) for answer in answers]
         if any(isinstance(result, Outcome) for result in results):
+            try:
+                self._see_same_model()
+            except ApiError as error:
+                return [error] * len(images)
             self._on_answer()
         return results
+
+    def _see_same_model(self) -> None:
+        """After a connection broke, see that no other weights answer under the same name and version.
+
+        Raises:
+            StoppedError: they do.
+            ApiError: the server cannot be asked.
+        """
+        with self._lock:  # no answer passes before the verdict
+            if not self._in_doubt:
+                return
+            chosen = self._model
+            if chosen not in (replace(model, default=chosen.default) for model in self._client.models()):
+                raise StoppedError(
+                    f"the server at {self._client.url} came back with another {chosen.name} version {chosen.version} "
+                    "than this job began with; score into another --output to use that one"
+                )
+            self._in_doubt = False
 
     def _read(self, answer: Classification | Failure) -> Outcome | ApiError:
         if isinstance(answer, Classification):
