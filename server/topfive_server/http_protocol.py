@@ -1,6 +1,6 @@
 """Uvicorn's HTTP/1.1 protocol with what it lacks.
 
-* Limits on the time and the size of headers, and a lossless goodbye.
+* Limits on the time and the size of headers, and a lossless goodbye; an idle connection ends whatever drips in.
 * An answer leaves in one piece: uvicorn writes its head and its body by themselves, which costs a second system call.
 * The body of the hot route reaches the application as the chunks that came from the socket, not copied twice more.
 """
@@ -82,7 +82,15 @@ class GuardedProtocol(HttpToolsProtocol):
         """Count what comes before the end of the headers."""
         if self._reading_headers:
             self._header_bytes += len(data)
+        # Uvicorn stops the clock of an idle connection at every byte, also at what is left of a body that was answered
+        # before its end; nothing would ever start it again. Out of its sight, it goes on until a request begins.
+        idle_timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
         super().data_received(data)
+        if idle_timer is not None:
+            if self._idle() and not self._reading_headers:
+                self.timeout_keep_alive_task = idle_timer
+            else:
+                idle_timer.cancel()
         if self._reading_headers and self._header_bytes > self.limits.max_header_bytes:
             self._refuse(self._too_large())
 
