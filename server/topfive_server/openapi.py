@@ -109,10 +109,18 @@ CLASSIFY: Final[dict[str, Any]] = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
+                    "required": ["file"],
                     "properties": {
-                        "file": {"type": "array", "items": {"type": "string", "format": "binary"}}
+                        "file": {
+                            "type": "array",
+                            "minItems": 1,
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "The images; every part is taken for one, whatever its name.",
+                        }
                     },
-                }
+                    "additionalProperties": False,
+                },
+                "encoding": {"file": {"contentType": ", ".join(_FORMATS)}},
             },
         },
     },

@@ -38,6 +38,10 @@ _MODEL: Final = _object(
     max_batch={**_COUNT, "description": "Images that are computed at once at most."},
     provider=_STRING,
     device=_STRING,
+    fingerprint={
+        **_STRING,
+        "description": "SHA-256 of the model's files and its preprocessing, in hexadecimal.",
+    },
     labels_url={"type": "string", "format": "uri-reference"},
 )
 _READY: Final = _object(
