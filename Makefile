@@ -15,8 +15,11 @@ ARGS ?=
 # What `make bench` serves and sends: the demo's, or your own.
 MODELS ?= demo/models
 IMAGES ?= demo/images/val
+# How long each of the four fuzzers of `make fuzz` looks.
+FUZZ_SECONDS ?= 300
+AUDIT ?= .venv-audit
 
-.PHONY: help demo test lint format nightly triton-env bench lock clean
+.PHONY: help demo test lint format nightly triton-env bench fuzz audit lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +45,13 @@ nightly: lint triton-env  ## Everything: the slow tests and those with a real Tr
 bench: $(VENV)/.dev  ## Requests per second against what the machine can decode and infer (after make demo; needs wrk)
 	$(BIN)/python benchmarks/serve.py $(MODELS) $(IMAGES) $(ARGS)
 
+fuzz: $(VENV)/.dev  ## Fuzz the decoder, the parsers and a running server, FUZZ_SECONDS=300 each
+	TOPFIVE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+# Strict: what could not be looked up is not thereby free of known vulnerabilities.
+audit: $(AUDIT)/.stamp  ## Look the pinned dependencies up in PyPI's advisories (needs the network)
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt $(ARGS)
+
 triton-env: $(TRITON)/.stamp  ## A real Triton server, in an environment of its own
 
 lock:  ## Bring constraints.txt up to date
@@ -60,5 +70,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt scripts/environment.sh
 	@scripts/environment.sh $(VENV) --editable '.[dev]'
 	@touch $@ $(VENV)/.all
 
+$(AUDIT)/.stamp: scripts/environment.sh
+	@scripts/environment.sh $(AUDIT) pip-audit
+	@touch $@
+
 clean:  ## Remove the environment, caches and the demo's files
-	rm -rf $(VENV) $(TRITON) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo
+	rm -rf $(VENV) $(TRITON) $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo

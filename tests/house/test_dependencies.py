@@ -54,9 +54,15 @@ def extras(*names: str) -> Iterator[Requirement]:
 
 
 def closure(requirements: Iterator[Requirement]) -> set[str]:
-    """Names of everything that these requirements bring into this environment."""
-    todo = [(r.name, extra) for r in requirements for extra in ("", *r.extras)]
+    """Names of everything that these requirements bring into this environment, or into one that they are for."""
+    todo = []
     seen: set[tuple[str, str]] = set()
+    for r in requirements:
+        found = [(r.name, extra) for extra in ("", *r.extras)]
+        if r.marker is None or r.marker.evaluate():
+            todo += found
+        else:
+            seen.update(found)
     while todo:
         name, extra = todo.pop()
         if (name, extra) in seen:
