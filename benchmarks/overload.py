@@ -118,7 +118,7 @@ def judge(phases: Sequence[Phase], best: float, memory: Sequence[tuple[float, fl
         Limit(
             name="accepted and then too late (504), share",
             measured=counts.get(504, 0) / max(1, len(double.records) - counts.get(429, 0)),
-            bound=0.01,
+            bound=0.05,
         ),
         Limit(name="untruthful Retry-After", measured=untruthful_retry_after(double, after), bound=0),
         Limit(name="seconds until normal", measured=seconds_until_normal(after, half), bound=2.0),
@@ -225,13 +225,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for axes in (top, middle, bottom):
             axes.axvline(start, color="lightgray", linewidth=0.8)
     top.axhline(2 * eighty, color="tab:red", linestyle=":", label="2 x p99 at 80 %")
-    top.set(ylabel="latency of the accepted, ms", ylim=(0, None))
+    top.set(ylabel="latency of the accepted, ms", ylim=(0, 1.2 * top.get_ylim()[1]))
     top.legend(loc="upper right")
     middle.plot([], [], color="tab:blue", label="classified")
     middle.plot([], [], color="tab:orange", label="refused (429)")
     middle.legend(loc="upper right")
-    middle.set(ylabel="requests per second", ylim=(0, None))
-    bottom.set(ylabel="server's memory, MiB", xlabel="seconds", ylim=(0, None))
+    middle.set(ylabel="requests per second", ylim=(0, 1.2 * middle.get_ylim()[1]))
+    bottom.set(ylabel="server's memory, MiB", xlabel="seconds", ylim=(0, 1.2 * bottom.get_ylim()[1]))
     figure.savefig(path, dpi=120)
 
 

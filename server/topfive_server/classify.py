@@ -26,7 +26,7 @@ from topfive_server.errors import (
     RequestError,
     TooLargeError,
 )
-from topfive_server.estimate import Average, Bias
+from topfive_server.estimate import Average, Lateness
 from topfive_server.exchange import Exchange
 from topfive_server.models import Models
 from topfive_server.receive import (
@@ -42,8 +42,6 @@ from topfive_server.receive import (
 from topfive_server.served_model import ServedModel
 
 MAX_TOP_K: Final = 100
-_MARGIN: Final = 1.25
-"""Admission keeps this factor of the predicted time, because half of all answers take longer than predicted."""
 _PARAMETERS: Final = ("top_k", "model", "version")
 
 
@@ -74,7 +72,7 @@ class ClassifyEndpoint:
         self._admission = admission
         self._receive_s = Average()
         self._decode_s = Average()
-        self._bias = Bias()
+        self._lateness = Lateness()
 
     async def __call__(self, exchange: Exchange, receive: Receive) -> None:
         """Answer one request; every `RequestError` becomes its problem document."""
@@ -105,7 +103,7 @@ class ClassifyEndpoint:
             try:
                 outcomes = await self._await_answers(jobs, deadline, receive)
             finally:
-                self._bias.observe(predicted_s, monotonic() - begun)
+                self._lateness.observe(predicted_s, monotonic() - begun)
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
 
     async def _receive(
@@ -160,9 +158,8 @@ class ClassifyEndpoint:
             DeadlineUnreachableError: more than `left_s`.
         """
         predicted_s = model.batcher.seconds_until_answered(images) + self._decode_s.or_zero()
-        needed_s = predicted_s * self._bias.factor * _MARGIN
+        needed_s = predicted_s * self._lateness.factor
         if needed_s > left_s:
-            self._bias.relax()
             raise DeadlineUnreachableError(
                 f"an answer takes {needed_s * 1000:.0f} ms at the present load, "
                 f"and only {max(left_s, 0) * 1000:.0f} ms of X-Timeout-Ms are left",

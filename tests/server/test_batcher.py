@@ -2,8 +2,11 @@
 
 import asyncio
 import dataclasses
+import math
+import random
 from collections.abc import Awaitable, Callable
 from time import monotonic
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.server.fakes import FakeEngine, make_info, pixels, probability
 
+from topfive_server import estimate
 from topfive_server.batcher import Batcher, Job, Priority
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
-from topfive_server.estimate import Bias
+from topfive_server.estimate import Lateness
 
 
 class Log:
@@ -422,14 +426,39 @@ def test_any_interleaving_gives_each_image_its_own_answer(
     on_loop(test)
 
 
-def test_predictions_learn_what_they_leave_out_and_forget_it_again() -> None:
-    bias = Bias()
-    for _ in range(100):
-        bias.observe(0.1, 0.3)
-    assert 2.9 < bias.factor <= 3
+def test_nearly_all_answers_keep_the_learned_lateness(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    now = clock(monkeypatch, estimate)
+    lateness, late = Lateness(), 0
+    for number in range(6000):
+        now[0] += 0.01
+        actual_s = 0.1 * draw.lognormvariate(
+            0.3, 0.3
+        )  # half of them take 1.35 times as long as predicted, or more
+        late += number >= 1000 and actual_s > 0.1 * lateness.factor
+        lateness.observe(0.1, actual_s)
+    assert 0.01 < late / 5000 < 0.05
+
+
+def test_lateness_is_bounded_and_forgotten_when_nothing_teaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock(monkeypatch, estimate)
+    lateness = Lateness()
+    assert lateness.factor == 1
     for _ in range(1000):
-        bias.relax()
-    assert bias.factor < 1.01
+        lateness.observe(0.1, 100.0)
+    assert lateness.factor == pytest.approx(4)
+    now[0] += 10
+    assert lateness.factor == pytest.approx(1 + 3 / math.e)
+    for _ in range(10_000):
+        lateness.observe(0.1, 0.01)
+    assert lateness.factor == 1
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[float]:
+    """A clock of the module's own, which stands still; its time is the list's element."""
+    now = [1000.0]
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    return now
 
 
 def test_an_answer_that_would_come_too_late_does_not_take_the_engines_time() -> None:
