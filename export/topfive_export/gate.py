@@ -198,7 +198,9 @@ def enforce(comparison: Comparison, limits: Limits, what: str) -> None:
         ("top-1", top1, limits.top1_agreement),
         ("top-5", top5, limits.top5_agreement),
     ):
-        if share < limit:
+        # As with accuracy, one image is no finding, however few there are; but exactness allows for none.
+        allowed = 1 if limit < 1 else 0
+        if share < limit and round((1 - share) * comparison.images) > allowed:
             wrong.append(f"the {name} answers agree on {share:.1%} of the images (limit {limit:.1%})")
     if wrong:
         raise Disagreement(

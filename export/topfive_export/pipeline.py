@@ -103,6 +103,8 @@ def run_export(config: ExportConfig, *, say: Callable[[str], None] = lambda _: N
         topfive_training.checkpoint.CheckpointError: the checkpoint is missing or damaged.
         OSError: the repository cannot be written; it is as it was.
     """
+    if config.out.exists() and not config.out.is_dir():
+        raise ExportError(f"--out {config.out} is not a folder; give one that is, or that is yet to be made")
     variants = config.variants()
     classifier = load_model(config.run)
     spec = _without_paths(classifier.spec)

@@ -128,7 +128,7 @@ def quantize(
         attempts = {scheme: attempt(scheme) for scheme in candidates}
         best = _best({scheme: found[1].relative_difference for scheme, found in attempts.items()})
         quantized, comparison = attempts[best]
-        if _within(comparison, limits):
+        if not _beyond(comparison, limits):
             return Quantized(model=quantized, scheme=best, tried=tried)
         alone = {
             layer: attempt(dataclasses.replace(best, skipped=(layer,)))[1].relative_difference
@@ -138,12 +138,11 @@ def quantize(
         for count in range(1, MAX_SKIPPED + 1):
             scheme = dataclasses.replace(best, skipped=tuple(sorted(order[:count])))
             quantized, comparison = attempt(scheme)
-            if _within(comparison, limits):
+            if not (reason := _beyond(comparison, limits)):
                 return Quantized(model=quantized, scheme=scheme, tried=tried)
     raise ExportError(
-        f"int8 is beyond its limits even with {', '.join(scheme.skipped)} in fp32 (answers off by "
-        f"{comparison.relative_difference:.2g} of their spread, limit {limits.relative_difference:g}; top-1 agrees on "
-        f"{comparison.top1_agreement_all:.1%}); serve this checkpoint in fp32, or give more --images like those it is for"
+        f"int8 is beyond its limits even with {', '.join(scheme.skipped)} in fp32 ({reason}); serve this checkpoint in "
+        "fp32, or give more --images like those it is for"
     )
 
 
@@ -154,14 +153,19 @@ def _best(differences: Mapping[Scheme, float]) -> Scheme:
     )
 
 
-def _within(comparison: Comparison, limits: Limits) -> bool:
-    """Within the limits with something to spare: images that the calibration has not seen are a little further off."""
-    stricter = dataclasses.replace(limits, relative_difference=0.8 * limits.relative_difference)
+def _beyond(comparison: Comparison, limits: Limits) -> str:
+    """Why it is not within the limits with something to spare, or empty: unseen images are a little further off."""
+    probability = limits.probability_difference
+    stricter = dataclasses.replace(
+        limits,
+        probability_difference=None if probability is None else 0.8 * probability,
+        relative_difference=0.8 * limits.relative_difference,
+    )
     try:
-        enforce(comparison, stricter, "int8")
-    except Disagreement:
-        return False
-    return True
+        enforce(comparison, stricter, "it")
+    except Disagreement as error:
+        return str(error)
+    return ""
 
 
 def prepare(model: ModelProto) -> None:

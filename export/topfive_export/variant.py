@@ -69,11 +69,13 @@ LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
         near_ties_excused=True,
         accuracy_drop=0.005,
     ),
+    # Between what quantisation costs trained networks and what broken ones do: both are in docs/export.md. The relative
+    # difference is of little use here: it is largest where the network is surest, in classes that it gives next to none.
     ("hot", "int8"): Limits(
-        probability_difference=None,
-        relative_difference=0.5,
-        top1_agreement=0.9,
-        top5_agreement=0.5,
+        probability_difference=0.1,
+        relative_difference=1.0,
+        top1_agreement=0.95,
+        top5_agreement=0.75,
         near_ties_excused=False,
         accuracy_drop=0.02,
     ),

@@ -217,6 +217,11 @@ def test_bad_input_is_answered_with_a_sentence(
 ) -> None:
     assert main(["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "models")]) == 1
     assert "is not a folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().err
+    assert "file is not a folder" in said
+    assert "verifying" not in said
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "models"), "--name", "../up"]) == 1
     assert "--name is '../up'" in capsys.readouterr().err
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "models"), "--precision", "int8"]) == 1

@@ -1,7 +1,9 @@
 """int8: calibrated on one half, judged on the other, with layers left in fp32 only where they have to be."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -12,7 +14,8 @@ from tests.export.conftest import make_classifier
 
 from topfive.cli import main
 from topfive_export import pipeline, quantize
-from topfive_export.gate import answer_torch
+from topfive_export.corpus import decoded, drawn_pictures
+from topfive_export.gate import Answered, Disagreement, answer_onnx, answer_torch, compare, enforce
 from topfive_export.graphs import build_graph
 from topfive_export.onnx_file import trace
 from topfive_export.pipeline import ExportConfig, run_export
@@ -20,6 +23,14 @@ from topfive_export.quantize import LAYERS, Scheme, prepare, weight_nodes
 from topfive_export.variant import ExportError, Limits, Variant
 
 INT8 = Variant(precision="int8")
+
+
+class Sample(NamedTuple):
+    """An int8 graph, images, and what the network says of them."""
+
+    model: onnx.ModelProto
+    images: np.ndarray
+    reference: Answered
 
 
 def _limits(relative_difference: float) -> Limits:
@@ -116,6 +127,57 @@ def test_beyond_the_limits_even_so_is_refused() -> None:
             _limits(1e-9),
             candidates=(Scheme(ranges="minmax"),),
         )
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    classifier = make_classifier()
+    images = decoded(drawn_pictures(), classifier.spec.preprocessing, 227)
+    reference = answer_torch(classifier, images)
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+    found = quantize.quantize(model, images, reference, INT8.limits, candidates=(Scheme(ranges="minmax"),))
+    assert found.scheme.skipped == ()
+    return Sample(found.model, images, reference)
+
+
+def _three_bits(name: str, values: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(values / 32) * 32, -127, 127) if name.endswith("weight_quantized") else values
+
+
+def _wrong_scale(name: str, values: np.ndarray) -> np.ndarray:
+    return values * 1.5 if name.endswith("fc6.weight_scale") else values
+
+
+def _lost_biases(name: str, values: np.ndarray) -> np.ndarray:
+    return values * 0 if name.endswith("bias_quantized") else values
+
+
+def _unscathed(_: str, values: np.ndarray) -> np.ndarray:
+    return values
+
+
+@pytest.mark.parametrize("breakage", [_three_bits, _wrong_scale, _lost_biases, _unscathed])
+def test_the_limits_of_int8_tell_a_broken_quantization_from_a_good_one(
+    breakage: Callable[[str, np.ndarray], np.ndarray], sample: Sample
+) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(sample.model)
+    changed = 0
+    for tensor in model.graph.initializer:
+        before = onnx.numpy_helper.to_array(tensor)
+        after = breakage(tensor.name, before).astype(before.dtype)
+        changed += not np.array_equal(before, after)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(after, tensor.name))
+    assert (changed > 0) == (breakage is not _unscathed)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [str(index) for index in range(len(sample.images))]
+    answer = answer_onnx(session, sample.images, 8)
+    comparison = compare(sample.reference, [answer], names, INT8.limits)
+    if breakage is _unscathed:
+        enforce(comparison, INT8.limits, "the graph")
+        return
+    with pytest.raises(Disagreement):
+        enforce(comparison, INT8.limits, "the graph")
 
 
 def test_an_int8_graph_that_fails_on_unseen_images_is_refused(
