@@ -5,7 +5,6 @@ Shapes: M images, H rows, W columns, C colours.
 
 import hashlib
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
+from topfive._folders import files_below
 from topfive.model_spec import Preprocessing
 from topfive.preprocessing import ImageError, decode
 from topfive_export.variant import ExportError
@@ -56,9 +56,7 @@ def given_pictures(folder: Path, labels: Sequence[str], *, limit: int) -> list[P
     """
     if not folder.is_dir():
         raise ExportError(f"--images {folder} is not a folder")
-    # Class folders are often links to where the photographs lie.
-    walked = os.walk(folder, followlinks=True)
-    paths = sorted(Path(place) / name for place, _, names in walked for name in names if _is_image(name))
+    paths = sorted(path for path in files_below(folder) if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ExportError(f"--images {folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     if len(paths) > limit:
@@ -74,10 +72,6 @@ def given_pictures(folder: Path, labels: Sequence[str], *, limit: int) -> list[P
     if not readable:
         raise ExportError(f"none of the {len(pictures)} images in --images {folder} can be decoded")
     return readable
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES
 
 
 def _decodes(data: bytes) -> bool:

@@ -1,12 +1,15 @@
 """Which images a run finds in folders, which of them it sets aside, and what it refuses."""
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests.training.train_runs import CLASSES, paint_photographs
 
 from topfive_training.dataset import DataError, fingerprint, scan, scan_known, write_held_out
+from topfive_training.sources import find_source
 
 
 def test_one_folder_is_split_by_class_and_by_seed(photographs: Path) -> None:
@@ -21,6 +24,24 @@ def test_one_folder_is_split_by_class_and_by_seed(photographs: Path) -> None:
     again, other = (scan(photographs, validation_fraction=0.2, seed=seed) for seed in (0, 1))
     assert again == dataset
     assert other.validation.names != dataset.validation.names
+
+
+def test_class_folders_may_be_links(photographs: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in CLASSES:
+        (linked / name).symlink_to(photographs / name)
+    expected = scan(photographs, validation_fraction=0.2, seed=0)
+    found = scan(linked, validation_fraction=0.2, seed=0)
+    assert (found.training.names, found.validation.names) == (
+        expected.training.names,
+        expected.validation.names,
+    )
+    images, _ = scan_known(linked, CLASSES, tmp_path / "run")
+    assert len(images) == 30
+    source = find_source(linked, validation_fraction=0.2, seed=0)
+    assert [entry.name for entry in source.splits["train"]] == list(expected.training.names)
+    assert all(Image.open(io.BytesIO(entry.read())).size == (200, 150) for entry in source.splits["val"])
 
 
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ aside for validation, the same for the same seed.
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from topfive._folders import files_below
 from topfive.errors import TopfiveError
 from topfive_training.checkpoint import write_atomically
 from topfive_training.randomness import order
@@ -152,7 +152,7 @@ def _class_folders(folder: Path, remarks: list[str]) -> list[tuple[str, list[str
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir() or entry.name.startswith("."):
             continue
-        files = sorted(_files(entry, entry))
+        files = sorted(_files(entry))
         if files:
             found.append((entry.name, files))
         else:
@@ -169,7 +169,7 @@ def _class_folders(folder: Path, remarks: list[str]) -> list[tuple[str, list[str
 
 def _validation_list(folder: Path, labels: tuple[str, ...], remarks: list[str]) -> ImageList:
     present = {
-        e.name: sorted(_files(e, e))
+        e.name: sorted(_files(e))
         for e in sorted(folder.iterdir())
         if e.is_dir() and not e.name.startswith(".")
     }
@@ -211,13 +211,9 @@ def _split(images: ImageList, classes: int, fraction: float, seed: int) -> tuple
     return [i for i in range(len(images)) if i not in set_aside], sorted(set_aside)
 
 
-def _files(folder: Path, root: Path) -> Iterator[str]:
-    """Every file below `folder` that is not hidden, relative to `root`."""
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                yield (Path(directory) / name).relative_to(root).as_posix()
+def _files(folder: Path) -> Iterator[str]:
+    """Every file below `folder` that is not hidden, relative to it."""
+    return (path.relative_to(folder).as_posix() for path in files_below(folder))
 
 
 def _list(names: Sequence[str], limit: int = 8) -> str:

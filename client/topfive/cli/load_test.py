@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from topfive._folders import files_below
 from topfive._settings import API_KEY_VARIABLE
 from topfive._version import __version__
 from topfive.loadtest import LoadTestConfig, LoadTestError, Point, best_rate, run
@@ -96,7 +97,7 @@ def read_images(paths: Sequence[Path], max_bytes: int) -> list[bytes]:
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            yield from (f for f in files_below(path) if f.suffix.lower() in SUFFIXES and f.is_file())
         else:
             yield path
 

@@ -1,0 +1,34 @@
+"""How folders of images are walked."""
+
+from pathlib import Path
+
+import pytest
+
+from topfive._folders import files_below
+from topfive.cli.load_test import read_images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Class folders, of which one is a link, with files to pass over and links that lead in circles."""
+    for name in ("far/2.jpg", "far/deep/1.jpg", "data/a/3.jpg", "data/a/.hidden.jpg", "data/.cache/4.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "data/b").symlink_to("../far")
+    (tmp_path / "data/a/up").symlink_to("..")
+    (tmp_path / "far/deep/self").symlink_to(".")
+    return tmp_path / "data"
+
+
+def test_links_are_followed_but_not_in_circles_and_hidden_files_passed_over(folder: Path) -> None:
+    found = [path.relative_to(folder).as_posix() for path in files_below(folder)]
+    assert found == ["a/3.jpg", "b/2.jpg", "b/deep/1.jpg"]
+
+
+def test_the_load_test_takes_the_same_files(folder: Path) -> None:
+    assert read_images([folder], 100) == [b"data/a/3.jpg", b"far/2.jpg", b"far/deep/1.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        list(files_below(tmp_path / "nowhere"))
