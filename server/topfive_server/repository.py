@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,7 +92,7 @@ class ModelVersion:
     def fingerprint(self) -> str:
         """SHA-256 of the model's files and its preprocessing: equal fingerprints give equal answers.
 
-        Reads all of them: a fifth of a second or so for 244 MB.
+        Reads all of them, which takes half a second for 244 MB, unless they were read before and have not changed.
 
         Raises:
             BrokenModelError: a file cannot be read.
@@ -105,10 +106,17 @@ class ModelVersion:
         digest = hashlib.sha256(repr(self.spec.preprocessing).encode())
         # External weights, where there are any, lie beside the graph.
         for path in sorted(p for p in self.path.parent.iterdir() if p.is_file() and p.name != REPORT_FILE):
-            with path.open("rb") as file:
-                digest.update(f"\0{path.name}\0".encode())
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            stat = path.stat()
+            digest.update(f"\0{path.name}\0".encode())
+            digest.update(_sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino))
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, *_identity: int) -> bytes:
+    """Of a file's content, read once for each of its identities: several devices open the same file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 class Repository:
