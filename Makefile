@@ -15,7 +15,7 @@ ARGS ?=
 # What `make bench` serves and sends: the demo's, or your own.
 MODELS ?= demo/models
 IMAGES ?= demo/images/val
-# How long each of the four fuzzers of `make fuzz` looks.
+# How long each fuzzer of `make fuzz` looks, in seconds.
 FUZZ_SECONDS ?= 300
 AUDIT ?= .venv-audit
 

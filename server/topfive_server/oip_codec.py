@@ -299,7 +299,10 @@ def _classification(array: NDArray[Any], count: int, labels: Sequence[str] | Non
 
 def _json(text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode())
+        if b"\\ud" in text or b"\\uD" in text:
+            # Half a surrogate pair is no character (RFC 8259 section 8.2); no answer could repeat it.
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"failed to parse the request JSON buffer: {str(error)[:200]}") from None
     if not isinstance(header, dict):

@@ -11,7 +11,7 @@ import atheris
 with atheris.instrument_imports(include=["PIL", "python_multipart", "topfive", "topfive_server"]):
     from tests.fuzz import targets
 
-TARGETS = {"decode": targets.decode_one, "unpack": targets.unpack_one}
+TARGETS = {"decode": targets.decode_one, "unpack": targets.unpack_one, "infer": targets.infer_one}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -81,6 +82,20 @@ def request_bodies() -> Iterator[bytes]:
     yield b"image/png\ngzip\n" + gzip.compress(bytes(100_000)) + gzip.compress(b"second member")
     yield b"multipart/mixed; boundary=x\n\n--x--"
     yield b"\ndeflate\nx"
+
+
+def inference_requests() -> Iterator[bytes]:
+    """The length of the JSON part (or none), a line's end, body: what `targets.infer_one` takes apart."""
+    pixels = [index % 256 for index in range(4 * 4 * 3)]
+    tensor: dict[str, Any] = {"name": "image", "shape": [1, 4, 4, 3], "datatype": "UINT8"}
+    outputs = [{"name": "scores", "parameters": {"classification": 2}}, {"name": "classes"}]
+    parameters = {"timeout": 5, "priority": 1, "binary_data_output": True}
+    plain = {"id": "\U0001f600", "inputs": [tensor | {"data": pixels}], "outputs": outputs}
+    yield b"\n" + json.dumps(plain).encode()
+    yield b"\n" + json.dumps({"inputs": [tensor | {"data": pixels}], "parameters": parameters}).encode()
+    head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(pixels)}}]}).encode()
+    yield b"%d\n" % len(head) + head + bytes(pixels)
+    yield b"0\n" + bytes(pixels)
 
 
 def write(corpus: Iterator[bytes], folder: Path) -> None:

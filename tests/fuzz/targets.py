@@ -7,6 +7,7 @@ from typing import Final
 from topfive.model_spec import Preprocessing
 from topfive.preprocessing import FORMATS, ImageError, decode
 from topfive_server.errors import RequestError, from_image_error
+from topfive_server.oip_codec import Interface, ProtocolError, parse_request
 from topfive_server.receive import MAX_FILENAME, unpack
 
 _PREPROCESSING: Final = Preprocessing(short_side=20, crop=16)
@@ -14,6 +15,7 @@ _MAX_PIXELS: Final = 1_000_000
 """Far below the default, so that the memory limit of the fuzzer's process shows who decodes before asking."""
 _MAX_BYTES: Final = 200_000
 _MAX_IMAGES: Final = 8
+_INTERFACE: Final = Interface(name="m", side=4, classes=3, max_batch=2, labels=("a", "b", "c"))
 
 
 def decode_one(data: bytes) -> None:
@@ -72,6 +74,19 @@ def text_parts(data: bytes) -> None:
     uploads = unpack(body, headers, max_bytes=len(body), max_images=2)
     assert [bytes(upload.data) for upload in uploads] == parts
     assert [upload.filename for upload in uploads] == ["0", "1"]
+
+
+def infer_one(data: bytes) -> None:
+    """Triton's protocol: images of the declared shape, or `ProtocolError`; nothing that an answer could not repeat."""
+    length, _, body = data.partition(b"\n")
+    try:
+        request = parse_request(body, length.decode("latin-1") or None, _INTERFACE)
+    except ProtocolError as error:
+        json.dumps(str(error), ensure_ascii=False).encode()
+        return
+    assert request.images_NHWC.shape[1:] == (_INTERFACE.side, _INTERFACE.side, 3)
+    assert 1 <= len(request.images_NHWC) <= _INTERFACE.max_batch
+    json.dumps([request.id, *(output.name for output in request.outputs)], ensure_ascii=False).encode()
 
 
 def check_answer(error: RequestError) -> None:

@@ -1,4 +1,4 @@
-"""Atheris (libFuzzer for Python): what `decode` and `unpack` do with bytes that are steered to where nobody has been.
+"""Atheris (libFuzzer for Python): what `decode` and the parsers do with bytes that are steered to where nobody has been.
 
 A process of its own for each: the fuzzer instruments what it imports, ends its process, and watches over its memory
 and over the time that one input takes.
@@ -29,8 +29,12 @@ MEMORY_MB = 1024
 @pytest.mark.timeout(300 + SECONDS)
 @pytest.mark.parametrize(
     ("target", "corpus", "runs"),
-    [("decode", seeds.images, 12_000), ("unpack", seeds.request_bodies, 20_000)],
-    ids=["decode", "unpack"],
+    [
+        ("decode", seeds.images, 8_000),
+        ("unpack", seeds.request_bodies, 12_000),
+        ("infer", seeds.inference_requests, 12_000),
+    ],
+    ids=["decode", "unpack", "infer"],
 )
 def test_no_bytes_crash_hang_or_surprise(
     target: str, corpus: Callable[[], Iterator[bytes]], runs: int, tmp_path: Path

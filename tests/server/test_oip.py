@@ -490,6 +490,24 @@ def test_arbitrary_bytes_are_refused_in_good_order(body: bytes, header: str | No
         parse_request(body, header, INTERFACE)
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [{"id": "\ud800", "inputs": [IMAGE | {"data": DATA}]}, {"inputs": [IMAGE | {"name": "\udfff"}]}],
+    ids=["id", "name"],
+)
+def test_half_a_surrogate_pair_is_no_text(server: Harness, request_: dict[str, Any]) -> None:
+    reply = server.request("POST", INFER, json.dumps(request_).encode())
+    assert reply.status == 400
+    assert "surrogates not allowed" in reply.json["error"]
+
+
+def test_a_whole_surrogate_pair_is(server: Harness) -> None:
+    reply = server.request(
+        "POST", INFER, json.dumps({"id": "\U0001f600", "inputs": [IMAGE | {"data": DATA}]}).encode()
+    )
+    assert (reply.status, reply.json["id"]) == (200, "\U0001f600")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: (
