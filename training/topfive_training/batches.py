@@ -18,8 +18,8 @@ from topfive_training.squares import Squares
 
 _CROP: Final = torch.tensor([0, 1, 2])
 """Counters of the numbers for row, column and mirror."""
-_COLOR: Final = torch.tensor([8, 9, 10])
-"""Counters of the numbers for the three colour components."""
+_COLOR: Final = 8
+"""First of the counters of the numbers for the three colour components."""
 _GROUPS: Final = 2**40
 """Keys of groups of images that share a crop are drawn apart from those of images."""
 _AHEAD: Final = 3
@@ -92,7 +92,7 @@ def _make(
     corners_B2 = (numbers_B3[:, :2] * (recipe.short_side - recipe.crop + 1)).long().tolist()
     mirrored_B = (numbers_B3[:, 2] < 0.5).tolist() if recipe.flip else [False] * len(indices_B)
     crop = recipe.crop
-    # Pinned, the copy to a GPU runs beside the step before.
+    # From pinned memory, the copy to a GPU runs beside the step before.
     pin = torch.cuda.is_available()
     images_BHWC = torch.empty(len(indices_B), crop, crop, 3, dtype=torch.uint8, pin_memory=pin)
     pixels_BHWC = images_BHWC.numpy()
@@ -107,14 +107,11 @@ def _make(
             fill(place, index)
     else:
         list(readers.map(fill, range(len(indices_B)), indices_B.tolist()))
-    return Batch(
-        images_BHWC,
-        squares.classes_N[indices_B],
-        sample_keys(recipe.seed, epoch, indices_B),
-    )
+    batch = Batch(images_BHWC, squares.classes_N[indices_B], sample_keys(recipe.seed, epoch, indices_B))
+    return Batch(*(tensor.pin_memory() for tensor in batch)) if pin else batch
 
 
 def color_noise(keys_B: Tensor, components_CC: Tensor, std: float) -> Tensor:
     """What is added to every pixel of each image, float32 [B, 3, 1, 1], on the 0-255 scale (paper section 4.1)."""
-    amounts_B3 = normal(keys_B, _COLOR.to(keys_B.device)) * std
+    amounts_B3 = normal(keys_B, torch.arange(_COLOR, _COLOR + 3, device=keys_B.device)) * std
     return (amounts_B3 @ components_CC.T)[:, :, None, None]

@@ -47,6 +47,7 @@ def train(
     resume: bool = False,
     processes: int | None = None,
     parallel: Mode = "data",
+    compiled: Annotated[bool, Parameter(name="--compile")] = False,
     validation_fraction: float = 0.2,
     split_seed: int = 0,
     workers: int | None = None,
@@ -72,6 +73,8 @@ def train(
         processes: how many train together; by default one for each GPU, or one.
         parallel: how they share the network: `data` (each takes some of the images), `hybrid` (besides, they divide the
             fully-connected layers: Krizhevsky 2014), or `towers` (two processes, one tower each: the paper's way).
+        compiled: translate the network with torch.compile first (minutes; needs a C++ compiler, with `data` alone). Meant
+            for GPUs; compare with benchmarks/train.py --compile before relying on it.
         validation_fraction: share of each class that is set aside where DATA has no val folder.
         split_seed: fixes which images are set aside; runs that are to be compared need the same.
         workers: threads of each process that decode; by default all cores, shared.
@@ -103,6 +106,7 @@ def train(
         split_seed=split_seed,
         workers=workers or max(1, len(os.sched_getaffinity(0)) // count),
         parallel=parallel,
+        compiled=compiled,
         cache_folder=cache,
         cache_gib=cache_gib,
         save_every_minutes=save_every_minutes,

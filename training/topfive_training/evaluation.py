@@ -96,5 +96,6 @@ def batch_sums(logits_BK: Tensor, classes_B: Tensor) -> Tensor:
     loss = F.cross_entropy(logits_BK.float(), classes_B, reduction="sum")
     best_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices
     hits_B5 = best_B5 == classes_B[:, None]
-    count = torch.tensor(float(len(classes_B)), dtype=torch.float64, device=logits_BK.device)
+    # Filled on the device: a number that is copied there would make the host wait.
+    count = torch.full((), len(classes_B), dtype=torch.float64, device=logits_BK.device)
     return torch.stack([count, loss.double(), hits_B5[:, 0].sum().double(), hits_B5.any(1).sum().double()])

@@ -49,6 +49,8 @@ class Options:
     """Threads of each rank that decode."""
     parallel: Mode = "data"
     """How the ranks share the network; `topfive_training.parallel` explains."""
+    compiled: bool = False
+    """Let `torch.compile` translate the network; with `parallel` data alone."""
     cache_folder: Path | None = None
     """Where decoded squares are kept; by default within `out`, and removed when the run is complete."""
     cache_gib: float = 16.0
@@ -64,6 +66,11 @@ class Options:
             ("validation_fraction", 0 < self.validation_fraction < 1, "above 0 and below 1"),
             ("workers", self.workers >= 1, "at least 1"),
             ("cache_gib", self.cache_gib >= 0, "at least 0 GiB"),
+            (
+                "compiled",
+                not self.compiled or self.parallel == "data",
+                "left out with parallel hybrid or towers",
+            ),
             ("save_every_minutes", self.save_every_minutes > 0, "above 0 minutes"),
         ):
             if not ok:
@@ -105,6 +112,7 @@ def train(ranks: Ranks, recipe: Recipe, options: Options) -> int:
             workers=options.workers,
             save_every_s=options.save_every_minutes * 60,
             parallel=options.parallel,
+            compiled=options.compiled,
         )
         if resumed:
             resume.load(options.out, trainer)

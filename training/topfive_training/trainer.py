@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from topfive.errors import TopfiveError
 from topfive_training import resume
 from topfive_training.batches import Batch, color_noise, steps_per_epoch, training_batches
 from topfive_training.checkpoint import Classifier, link_model, save_model
+from topfive_training.device import on_device
 from topfive_training.evaluation import Accuracy, batch_sums, validate
 from topfive_training.journal import Journal
 from topfive_training.optimizer import make_optimizer, set_rates
@@ -28,6 +29,8 @@ from topfive_training.schedule import Phase, phase
 from topfive_training.squares import Squares
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from topfive.model_spec import Json
 
 _LOG_EVERY: Final = 10
@@ -73,6 +76,7 @@ class Trainer:
         workers: int,
         save_every_s: float,
         parallel: Mode = "data",
+        compiled: bool = False,
     ) -> None:
         self.classifier = classifier.to(ranks.device).train()
         self.recipe = recipe
@@ -90,7 +94,10 @@ class Trainer:
         self.batch = min(recipe.batch_size, len(training))
         check_parallel(parallel, classifier.network.architecture, batch=self.batch, ranks=ranks.size)
         self.parallelism = Parallelism(parallel, classifier.network, rank=ranks.rank, ranks=ranks.size)
-        self.model: nn.Module = self.parallelism.model
+        model = self.parallelism.model
+        self.model: Callable[..., Tensor] = torch.compile(model) if compiled else model
+        # Every step has the same shapes: it is worth trying cuDNN's algorithms once.
+        torch.backends.cudnn.benchmark = ranks.device.type == "cuda"
         self.optimizer = make_optimizer(self.parallelism.part, recipe)
         self.epoch_steps = steps_per_epoch(len(training), recipe.batch_size)
         self.steps = self.epoch_steps * recipe.epochs
@@ -119,7 +126,7 @@ class Trainer:
             workers=self.workers,
         )
         self._pace = (time.monotonic(), self.position.step)
-        for batch in batches:
+        for batch in on_device(batches, self.ranks.device):
             now = phase(self.recipe, self.position.step, self.steps)
             self.position.sums += self.step(batch, now)
             self.position.step += 1
@@ -129,16 +136,15 @@ class Trainer:
         return True
 
     def step(self, batch: Batch, now: Phase) -> Tensor:
-        """Forward, backward, move; returns this rank's `batch_sums`."""
-        device = self.ranks.device
-        images_BHWC, classes_B, keys_B = (tensor.to(device, non_blocking=True) for tensor in batch)
+        """Forward, backward, move; returns this rank's `batch_sums`, on the device: here the host waits for nothing."""
+        images_BHWC, classes_B, keys_B = batch
         images_BCHW = self.classifier.normalize(images_BHWC)
         components_CC = self.classifier.color_components
         if now.color_noise and components_CC is not None:
             noise = color_noise(keys_B, components_CC, now.color_noise)
             images_BCHW = images_BCHW + noise / self.classifier.std
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._uses_bf16):
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._uses_bf16):
             logits_BK = self.model(images_BCHW, keys_B)
         loss = F.cross_entropy(
             logits_BK.float(), classes_B, reduction="sum", label_smoothing=self.recipe.label_smoothing
