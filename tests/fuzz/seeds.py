@@ -92,6 +92,7 @@ def inference_requests() -> Iterator[bytes]:
     parameters = {"timeout": 5, "priority": 1, "binary_data_output": True}
     plain = {"id": "\U0001f600", "inputs": [tensor | {"data": pixels}], "outputs": outputs}
     yield b"\n" + json.dumps(plain).encode()
+    yield b"\n" + json.dumps(plain | {"id": "\ud800"}).encode()
     yield b"\n" + json.dumps({"inputs": [tensor | {"data": pixels}], "parameters": parameters}).encode()
     head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(pixels)}}]}).encode()
     yield b"%d\n" % len(head) + head + bytes(pixels)
