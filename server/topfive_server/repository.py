@@ -144,6 +144,9 @@ class Repository:
         """Versions of a model, oldest (lowest) first; empty when there is no such model.
 
         A folder counts as a version once it holds `model.onnx`, whole or not.
+
+        Raises:
+            RepositoryError: the model's folder cannot be read.
         """
         if not _NAME.fullmatch(name):
             return []
@@ -153,8 +156,13 @@ class Repository:
                 for p in (self.root / name).iterdir()
                 if _VERSION.fullmatch(p.name) and (p / MODEL_FILE).is_file()
             ]
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise RepositoryError(
+                f"the model folder {error.filename or self.root / name} cannot be read ({error.strerror}); "
+                "check its permissions"
+            ) from error
         return sorted(found, key=int)
 
     def read(self, name: str, version: str | None = None) -> ModelVersion:

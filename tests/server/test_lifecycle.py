@@ -22,6 +22,10 @@ from tests.server.fakes import FakeEngine, picture
 from tests.server.harness import eventually, read_reply, serving
 from tests.server.onnx_models import write_model
 
+from topfive_server import cli, logs
+from topfive_server.config import ServerConfig
+from topfive_server.serving import StartError
+
 TOPFIVE = str(Path(sys.executable).with_name("topfive"))
 
 
@@ -247,6 +251,17 @@ def test_what_cannot_start_says_why(arguments: list[str], sentence: str, tmp_pat
     status, message = run(*arguments, "--port", "0")
     assert status in {1, 2}
     assert sentence in message
+
+
+def test_a_port_that_needs_privileges_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(host: str, port: int) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Which ports are privileged, and whether the tests are, differs from machine to machine.
+    monkeypatch.setattr(cli, "listen", refuse)
+    monkeypatch.setattr(logs, "configure", lambda _: None)
+    with pytest.raises(StartError, match="port 80: Permission denied; ports below 1024 need privileges"):
+        cli.serve(tmp_path, config=ServerConfig(port=80))
 
 
 def test_an_empty_or_broken_repository_says_why(tmp_path: Path) -> None:

@@ -175,6 +175,17 @@ def test_a_missing_or_empty_repository_is_a_sentence(tmp_path: Path) -> None:
         Repository(tmp_path).read_all()
 
 
+def test_a_model_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "tiny" / "2").mkdir()
+    (tmp_path / "tiny" / "2" / "model.onnx").symlink_to("model.onnx")  # nothing, not an error
+    (tmp_path / "circle").symlink_to("circle")
+    assert Repository(tmp_path).names() == ["tiny"]
+    assert Repository(tmp_path).versions("tiny") == ["1"]
+    with pytest.raises(RepositoryError, match=r"circle cannot be read \(Too many levels of symbolic links\)"):
+        Repository(tmp_path).versions("circle")
+
+
 def test_the_fingerprint_follows_weights_and_preprocessing_not_the_place(tmp_path: Path) -> None:
     def fingerprint(folder: str, **changes: Any) -> str:
         write_model(tmp_path / folder, **changes)

@@ -119,3 +119,10 @@ def test_damage_is_named(tmp_path: Path, spoil, sentence: str) -> None:  # type:
     spoil(tmp_path)
     with pytest.raises(CheckpointError, match=sentence):
         load_model(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        checkpoint.load_tensors(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read: No such file or directory"):
+        checkpoint.load_tensors(tmp_path / "model.safetensors")

@@ -209,8 +209,12 @@ def load_tensors(path: Path, *, only_metadata: bool = False) -> tuple[dict[str, 
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or cannot be read.
     """
+    try:
+        path.open("rb").close()  # the library says "no such file" whatever the reason
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = [] if only_metadata else file.keys()
