@@ -44,7 +44,7 @@ class JobRecord:
     version: str
     """Version of the model."""
     fingerprint: str
-    """Fingerprint of the model's file (weights and preprocessing), or of what the server tells of it."""
+    """Fingerprint of the model's files and its preprocessing, as the server lists it or as it is computed here."""
     files: int = 0
     """Number of files in the listing."""
     listing_sha256: str = ""
