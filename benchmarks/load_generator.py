@@ -1,9 +1,9 @@
 """Open-loop load over HTTP that takes little of the machine, and remembers every request.
 
 Times and closed loops are `topfive.loadtest`'s: requests leave at times drawn beforehand and latency counts from when
-one was due. `topfive.AsyncClient` would take a quarter of two cores at the rates of an overload; this is a bare protocol
-on uvloop with the C parser httptools, and says what it used. (`wrk` and `hey` are closed loops; `h2load` sends one body
-and shows no headers; the other constant-rate generators are not in Debian.)
+one was due. `topfive.AsyncClient` takes 1.4 ms of a core per photograph here, which at the rates of an overload is a good
+part of two cores; this bare protocol on uvloop with the C parser httptools takes 0.3 ms, and says what it used. (`wrk` and
+`hey` are closed loops; `h2load` sends one body and shows no headers; other constant-rate generators are not in Debian.)
 """
 
 import asyncio
