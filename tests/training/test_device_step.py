@@ -115,7 +115,7 @@ def test_the_compiled_network_trains_as_the_other_does(
 
     def without_compiler(model: torch.nn.Module) -> Any:
         captured.append(model)
-        return compile_(model, backend="aot_eager", fullgraph=True)
+        return compile_(model, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", without_compiler)
     recipe = make_recipe("2012", {"width": 0.02, "batch_size": 4})

@@ -27,6 +27,8 @@ def sample_keys(seed: int, epoch: int, indices_B: Tensor) -> Tensor:
     return mix(prefix.to(indices_B.device) + indices_B.to(torch.int64) * _GOLDEN)
 
 
+# Never compiled: torch's compiler works out the wrapping products of indices ahead, and fails where they leave 64 bits.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def uniform(keys_B: Tensor, counters_F: Tensor) -> Tensor:
     """Uniform numbers in [0, 1), float32 [B, F], one for each pair of key and counter."""
     bits_BF = mix(keys_B[:, None] + counters_F[None, :] * _GOLDEN)
