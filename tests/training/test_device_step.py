@@ -105,7 +105,9 @@ def test_batches_arrive_in_order_and_are_not_made_before_they_are_wanted() -> No
     assert len(made) == 3
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch itself
+# Both from within torch's compiler, about itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_the_compiled_network_trains_as_the_other_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
