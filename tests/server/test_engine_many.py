@@ -64,8 +64,13 @@ def test_the_batcher_keeps_all_of_them_busy() -> None:
             engine.batches.clear()
             server.on_loop(engine.gate.clear)
         with ThreadPoolExecutor(2) as clients:
-            replies = [clients.submit(server.classify, picture(red)) for red in (1, 2)]
-            eventually(lambda: all(engine.seen for engine in engines))
-            for engine in engines:
-                server.on_loop(engine.gate.set)
+            try:
+                # One after the other: two that arrive in the same moment are rightly one batch, for one engine.
+                replies = [clients.submit(server.classify, picture(1))]
+                eventually(lambda: any(engine.seen for engine in engines))
+                replies.append(clients.submit(server.classify, picture(2)))
+                eventually(lambda: all(engine.seen for engine in engines))
+            finally:
+                for engine in engines:
+                    server.on_loop(engine.gate.set)
             assert sorted(reply.result().classes[0] for reply in replies) == [1, 2]
