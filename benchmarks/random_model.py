@@ -16,6 +16,7 @@ from topfive_training.initialization import initialize
 from topfive_training.network import AlexNet
 from topfive_training.recipe import make_recipe
 
+
 def main() -> None:
     """Write the checkpoint."""
     parser = argparse.ArgumentParser(
@@ -39,6 +40,7 @@ def main() -> None:
     initialize(network, recipe)
     options.out.mkdir(parents=True, exist_ok=True)
     save_model(options.out, Classifier(spec, network=network.eval()))
+
 
 if __name__ == "__main__":
     main()

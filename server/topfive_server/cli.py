@@ -11,6 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from topfive.allocator import keep_large_buffers
 from topfive_server import logs
 from topfive_server.app import Application
 from topfive_server.config import ServerConfig
@@ -49,6 +50,7 @@ def serve(
         runtime: how ONNX Runtime runs the models.
     """
     logs.configure(config.log_format)
+    keep_large_buffers()
     try:
         listener = listen(config.host, config.port)
     except (OSError, OverflowError) as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from topfive.allocator import keep_large_buffers
 from topfive.errors import TopfiveError
 from topfive_training import resume as resume_
 from topfive_training.checkpoint import load_model
@@ -147,6 +148,7 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifiers = [load_model(folder).to(device) for folder in (run, *(ensemble or ()))]
     images, remarks = scan_known(data, classifiers[0].spec.labels, run)
+    keep_large_buffers()
     journal = Journal(run, enabled=True)
     for remark in remarks:
         journal.say(f"note: {remark}")

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from topfive.allocator import keep_large_buffers
 from topfive.errors import TopfiveError
 from topfive_training.checkpoint import CheckpointError, load_tensors, save_tensors, write_atomically
 from topfive_training.randomness import order
@@ -191,6 +192,7 @@ def _start_worker() -> None:
     # Ctrl-C is the first process's to handle: what is finished stays, and the same command goes on from there.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_large_buffers()
 
 
 def _write_one(plan: ShardPlan, dest: Path) -> ShardRecord:

@@ -23,12 +23,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
+from topfive.allocator import keep_large_buffers
 from topfive.errors import TopfiveError
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What asks for a save and an orderly end."""
 _GRACE_S: Final = 3.0
 """How long the other ranks' errors are waited for once one has failed."""
+_ACTIVATIONS: Final = 2**31 - 1
+"""Bytes that stay with the process between two steps, which need the same buffers."""
 _COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 """Longest wait for another rank: the first pass over the images happens on one of them."""
 
@@ -134,6 +137,7 @@ def check_processes(processes: int) -> None:
 @contextlib.contextmanager
 def joined(rank: int, size: int, local_rank: int, local_size: int, store: Store | None) -> Iterator[Ranks]:
     """Be a rank for a while: device chosen, process group made, and left again."""
+    keep_large_buffers(_ACTIVATIONS)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -9,6 +9,7 @@ from typing import Final, Protocol, cast
 
 from PIL import Image
 
+from topfive.allocator import keep_large_buffers
 from topfive.errors import TopfiveError
 from topfive.model_spec import ModelSpec
 from topfive.preprocessing import (
@@ -65,6 +66,7 @@ def load_classifier(
     if not models.is_dir():
         raise RefusedError(f"there is no model repository {models}; `topfive export` makes one")
     engine = importlib.import_module(_ENGINE)
+    keep_large_buffers()
     try:
         classifier = engine.LocalClassifier(
             models, model=model, version=version, device=device, threads=threads
