@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from topfive.cli import main
 from topfive_training.checkpoint import load_model, load_tensors
+from topfive_training.initialization import initialize
 from topfive_training.journal import Journal
+from topfive_training.network import AlexNet
+from topfive_training.recipe import Recipe
 
 STATE = "resume/state.safetensors"
 SAVE_EVERY_STEP = ("--save-every-minutes", "1e-9")
@@ -37,9 +40,21 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5)
+def assert_close(one: Path, other: Path) -> None:
+    """The weights of two runs are apart by less than a hundredth of how far training has moved them.
+
+    Not element by element: where two values of a pool are equal but for rounding, another processor takes the other,
+    and the gradient of some weights jumps. A gradient lost or counted twice moves whole layers by their own length.
+    """
+    spec = load_model(one).spec
+    start = AlexNet(spec.architecture)
+    initialize(start, Recipe(**cast("dict[str, Any]", spec.recipe)))
+    trained, expected = weights(one), weights(other)
+    for name, first in start.state_dict().items():
+        apart, moved = trained[name] - expected[name], expected[name] - first
+        assert apart.norm() <= 0.01 * moved.norm(), name
+    for name in expected.keys() - start.state_dict().keys():
+        torch.testing.assert_close(trained[name], expected[name])
 
 
 def start_and_wait_for(command: list[str], file: Path, *, step: int) -> subprocess.Popen[str]:
@@ -92,7 +107,7 @@ def test_two_processes_compute_what_one_does(photographs: Path, whole: Path, tmp
     out = tmp_path / "run"
     done = run(train_command(photographs, out, "--epochs", "4", "--schedule", "constant", "--processes", "2"))
     assert done.returncode == 0, done.stderr
-    assert_close(weights(out), weights(whole))
+    assert_close(out, whole)
 
 
 def test_kill_in_mid_epoch_and_resume_gives_the_same_bits(
@@ -128,7 +143,7 @@ def test_resume_with_another_number_of_processes(photographs: Path, whole: Path,
     process.communicate()
     done = run([*train_command(photographs, out, *options), "--resume"])
     assert done.returncode == 0, done.stderr
-    assert_close(weights(out), weights(whole))
+    assert_close(out, whole)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +204,7 @@ def test_a_signal_in_validation_is_obeyed_too(
     assert "saved at step 6 of 12" in capsys.readouterr().err
     assert main(train_words(photographs, out, "--epochs", "2", "--resume")) == 0
     assert [record["step"] for record in records(out)] == [record["step"] for record in records(undisturbed)]
-    assert_close(weights(out), weights(undisturbed))
+    assert_close(out, undisturbed)
 
 
 def test_a_full_disk_leaves_the_last_state_whole(photographs: Path, tmp_path: Path) -> None:
@@ -233,7 +248,7 @@ def test_torchrun_starts_it_too(photographs: Path, whole: Path, tmp_path: Path) 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*launcher, str(script), *words])
     assert done.returncode == 0, done.stderr
-    assert_close(weights(out), weights(whole))
+    assert_close(out, whole)
 
 
 def test_divergence_stops_with_step_rate_and_advice(

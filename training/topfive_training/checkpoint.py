@@ -69,8 +69,10 @@ class Classifier(nn.Module):
             raise ValueError(f"the mean image is {list(mean_image.shape)}; it must be [3, {side}, {side}]")
         self.spec = spec
         self.network = AlexNet(spec.architecture) if network is None else network
+        # A product of matrices may round differently when one is stored by columns; from a file, none is.
+        components_CC = None if color_components is None else color_components.contiguous()
         self.register_buffer("mean_image", mean_image, persistent=False)
-        self.register_buffer("color_components", color_components, persistent=False)
+        self.register_buffer("color_components", components_CC, persistent=False)
         self.register_buffer("mean", _crop_mean(spec, mean_image), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).reshape(3, 1, 1), persistent=False)
         self.mean: Tensor
