@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from topfive_server.config import ServerConfig
 from topfive_server.errors import all_errors
@@ -75,16 +78,30 @@ def test_every_field_of_the_log() -> None:
         assert f"`{field}`" in section
 
 
-def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
-    dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
-    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
-    assert len(expressions) >= 10
+def dashboard() -> list[str]:
+    record = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    return [t["expr"] for panel in record["panels"] for t in panel.get("targets", [])]
+
+
+def alerts() -> list[str]:
+    """The expressions of the example alerts, each a line or the folded lines after `expr: >-`."""
+    text = (ROOT / "deploy" / "alerts.yaml").read_text()
+    return re.findall(r"^ +expr: ((?:>-\n)?(?:.*\n(?: {10,}.*\n)*))", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("expressions", "least"), [(dashboard, 10), (alerts, 5)])
+def test_dashboard_and_alerts_ask_only_for_metrics_that_exist(
+    expressions: Callable[[], list[str]], least: int
+) -> None:
+    assert len(expressions()) >= least
     known = exported()
-    for expression in expressions:
+    for expression in expressions():
         names = re.findall(r"topfive_\w+", expression)
         assert names
         for name in names:
             assert re.sub(r"_(bucket|sum|count)$", "", name) in known, expression
-        for group in re.findall(r"by \(([^)]*)\)", expression):
-            for label in group.replace(" ", "").split(","):
-                assert label == "le" or any(label in labels for labels in known.values()), expression
+        grouped = ",".join(re.findall(r"by \(([^)]*)\)", expression))
+        selected = ",".join(re.findall(r"(\w+)(?==~?\"|!~?\")", expression))
+        for label in filter(None, f"{grouped},{selected}".replace(" ", "").split(",")):
+            added = {"le", "instance"}  # by the histogram, and by Prometheus
+            assert label in added or any(label in labels for labels in known.values()), expression
