@@ -6,9 +6,10 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterable, MutableMapping
 from time import monotonic
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -40,6 +41,10 @@ from topfive_server.oip import PREFIX, OpenInference
 from topfive_server.openapi import describe_api
 from topfive_server.receive import Receive
 from topfive_server.reload import Reloader
+from topfive_server.stages import slowest
+
+if TYPE_CHECKING:
+    from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
 requests_log = logging.getLogger(REQUESTS)
@@ -59,8 +64,9 @@ class Application:
         pool: DecodePool,
         metrics: Metrics,
         reloader: Reloader | None = None,
+        traces: "Traces | None" = None,
     ) -> None:
-        """`reloader` opens the admin routes."""
+        """`reloader` opens the admin routes; without `traces` none are made."""
         self.config = config
         self.models = models
         self.metrics = metrics
@@ -69,6 +75,7 @@ class Application:
         self.cut_off = 0
         """Requests that were still under way when the drain time was over."""
         self.reloader = reloader
+        self._traces = traces
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
         self._oip = OpenInference(
@@ -127,6 +134,7 @@ class Application:
             metrics=self.metrics,
             keys=self._keys,
             rest=self._oip,
+            traces=self._traces,
         )
         return await start_grpc(service, self.config, port)
 
@@ -144,22 +152,26 @@ class Application:
             raise UnauthorizedError("send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
         if path == "/v1/classify":
             # `curl -T cat.jpg` sends PUT, and means the same.
-            if exchange.scope["method"] not in {"POST", "PUT"}:
+            if exchange.method not in {"POST", "PUT"}:
                 raise MethodNotAllowedError("send the image with POST or PUT", allow="POST, PUT")
             await self._classify(exchange, receive)
         elif path.startswith(f"{PREFIX}/") or path == PREFIX:
             await self._oip(exchange, receive)
         else:
+            if exchange.method == "HEAD":  # as GET; uvicorn leaves the body out (RFC 9110 section 9.3.2)
+                exchange.scope = {**exchange.scope, "method": "GET"}
             exchange.scope[KEY] = exchange
             await self._rest(exchange.scope, receive, exchange.forward)
 
     def _account(self, exchange: Exchange) -> None:
-        seconds = monotonic() - exchange.started
+        ended = monotonic()
+        seconds = ended - exchange.started
         metrics, config = self.metrics, self.config
         metrics.requests.labels(exchange.route, str(exchange.status or 499), exchange.code).inc()
         metrics.request_seconds.labels(exchange.route).observe(seconds)
         if exchange.bytes_in:
             metrics.received_bytes.inc(exchange.bytes_in)
+        trace_id = "" if self._traces is None else self._traces.record_http(exchange, ended)
         slow = seconds * 1000 > config.slow_request_ms
         if not (config.log_requests or slow or exchange.status >= 500):
             return
@@ -171,6 +183,7 @@ class Application:
         if not requests_log.isEnabledFor(level):
             return
         client = exchange.scope.get("client")
+        explained = {"slowest": slowest(exchange.stages(ended), ended=ended)} if slow else {}
         requests_log.log(
             level,
             "slow request" if slow else "request",
@@ -178,7 +191,7 @@ class Application:
                 "fields": {
                     "request_id": exchange.request_id,
                     "client": client[0] if client else None,
-                    "method": exchange.scope["method"],
+                    "method": exchange.method,
                     "path": exchange.scope["path"][:200],
                     "status": exchange.status or 499,  # as nginx counts clients that left
                     "code": exchange.code,
@@ -188,6 +201,8 @@ class Application:
                     "model": exchange.model,
                     "version": exchange.version,
                     **{f"{stage}_ms": round(s * 1000, 2) for stage, s in exchange.timings.items()},
+                    **explained,
+                    **({"trace_id": trace_id} if trace_id else {}),
                 }
             },
         )
@@ -260,8 +275,10 @@ def make_fastapi(application: Application) -> FastAPI:
         if error.status_code == 404:
             return problem(request, NotFoundError(f"there is nothing at {path}; see /docs"))
         if error.status_code == 405:
+            exchange: Exchange = request.scope[KEY]
             allow = (error.headers or {}).get("Allow", "GET")
-            detail = f"{request.method} does not work on {path}; see /docs"
+            allow = re.sub(r"\bGET\b(?!.*\bHEAD\b)", "GET, HEAD", allow)
+            detail = f"{exchange.method} does not work on {path}; see /docs"
             return problem(request, MethodNotAllowedError(detail, allow=allow))
         return problem(request, BadRequestError(str(error.detail)))
 

@@ -90,7 +90,10 @@ class ClassifyEndpoint:
         arrival = self._admit(exchange, wish)
         with self._admission.ticket(self._retry_after(wish)) as ticket:
             try:
-                uploads = await self._receive(exchange, receive, ticket, wish)
+                try:
+                    uploads = await self._receive(exchange, receive, ticket, wish)
+                finally:
+                    exchange.timings["receive"] = monotonic() - exchange.started
                 # Looked up again: a hot reload may have happened while the body came in.
                 model = self._models.get(wish.model, wish.version)
                 exchange.model, exchange.version = model.info.name, model.info.version
@@ -98,6 +101,7 @@ class ClassifyEndpoint:
                 left_s = deadline - begun if wish.has_deadline else float("inf")
                 predicted_s = self._refuse_if_late(model, len(uploads), left_s)
                 jobs = [model.classify(u.data, deadline=deadline, priority=wish.priority) for u in uploads]
+                exchange.jobs = jobs
             finally:
                 arrival.end()
             try:
@@ -129,7 +133,6 @@ class ClassifyEndpoint:
         uploads = await self._unpack(body, exchange.headers)
         ticket.add_images(len(uploads))
         exchange.images = len(uploads)
-        exchange.timings["receive"] = monotonic() - exchange.started
         return uploads
 
     def _admit(self, exchange: Exchange, wish: Wish) -> Arrival:

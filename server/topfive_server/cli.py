@@ -7,7 +7,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -24,6 +24,9 @@ from topfive_server.reload import Reloader, ReloadPolicy
 from topfive_server.serving import EngineMaker, Loader, StartError, onnx_engines
 from topfive_server.session import RuntimeOptions
 from topfive_server.variants import Wanted
+
+if TYPE_CHECKING:
+    from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +96,15 @@ async def run(
         count=lambda result: metrics.reloads.labels(result).inc(),
     )
     watch: asyncio.Task[None] | None = None
+    traces = make_traces() if config.traces else None
     try:
         application = Application(
-            config, models=models, pool=pool, metrics=metrics, reloader=reloader if config.admin else None
+            config,
+            models=models,
+            pool=pool,
+            metrics=metrics,
+            reloader=reloader if config.admin else None,
+            traces=traces,
         )
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -111,6 +120,8 @@ async def run(
             watch = asyncio.create_task(reloader.watch(config.watch_interval_s))
         async with offered_over_grpc(application, config):
             await server.serve(sockets=[listener])
+        if traces is not None:
+            await traces.close(server.drain_left_s)
         log.info("stopped")
         return EXIT_LOST if server.lost_requests else 0
     finally:
@@ -142,6 +153,24 @@ async def offered_over_grpc(application: Application, config: ServerConfig) -> A
     finally:
         # New calls are refused since HTTP's listener closed; those under way are answered.
         await server.stop(config.drain_timeout_s)
+
+
+def make_traces() -> "Traces":
+    """Sends traces to where the environment says.
+
+    Raises:
+        StartError: the extra is missing, or the environment makes no sense.
+    """
+    try:
+        from topfive_server.traces import Traces  # noqa: PLC0415  an extra of its own
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"--traces needs {error.name}, which is not installed: pip install 'topfive[telemetry]'"
+        ) from error
+    try:
+        return Traces()
+    except ValueError as error:
+        raise StartError(str(error)) from error
 
 
 def computing(config: ServerConfig, runtime: RuntimeOptions) -> tuple[Device, EngineMaker, Wanted]:

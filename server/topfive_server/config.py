@@ -83,7 +83,9 @@ class ServerConfig:
     log_requests: bool = True
     """Write one line for each request; refusals and failures are counted in the metrics either way."""
     slow_request_ms: float = 2000.0
-    """A request slower than this is logged as a warning with its timings."""
+    """A request slower than this is logged as a warning that says where the time went."""
+    traces: bool = False
+    """Send OpenTelemetry traces to where `OTEL_EXPORTER_OTLP_ENDPOINT` says; needs the `telemetry` extra."""
 
     def __post_init__(self) -> None:
         """Reject nonsense, naming the field."""

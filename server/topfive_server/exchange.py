@@ -2,10 +2,14 @@
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
 from topfive_server.errors import BadRequestError, RequestError
+from topfive_server.stages import Stage, stages
+
+if TYPE_CHECKING:
+    from topfive_server.batcher import Job
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -28,6 +32,8 @@ class Exchange:
         "code",
         "headers",
         "images",
+        "jobs",
+        "method",
         "model",
         "request_id",
         "route",
@@ -50,6 +56,8 @@ class Exchange:
         closing: bool,
     ) -> None:
         self.scope = scope
+        self.method: str = scope["method"]
+        """As it was sent; to the routes HEAD is GET."""
         self.send = send
         self.closing = closing
         """Whether the connection is to end with this answer, because the server is draining."""
@@ -67,6 +75,8 @@ class Exchange:
         self.model = self.version = ""
         self.images = 0
         self.bytes_in = 0
+        self.jobs: list[Job] = []
+        """Its images on their way, for whoever asks afterwards where the time went."""
         self.timings: dict[str, float] = {}
         """Stage -> seconds; of several images the slowest."""
 
@@ -85,6 +95,10 @@ class Exchange:
             )
         except ValueError as error:  # UnicodeDecodeError among them
             raise BadRequestError(f"the query string is malformed: {error}") from error
+
+    def stages(self, ended: float) -> list[Stage]:
+        """Where its time went, once it has ended."""
+        return stages(self.timings, self.jobs, started=self.started, ended=ended)
 
     async def answer_json(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""
@@ -122,7 +136,7 @@ class Exchange:
         if self.timings:
             timing = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in self.timings.items())
             headers.append((b"server-timing", timing.encode("ascii")))
-        if self.scope["method"] == "HEAD":
+        if self.method == "HEAD":
             body = b""
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})

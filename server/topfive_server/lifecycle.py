@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
+from time import monotonic
 
 import uvicorn
 
@@ -54,6 +55,8 @@ class Server(uvicorn.Server):
         self._application = application
         self._on_listening = on_listening
         self._drain_delay_s = config.drain_delay_s
+        self._drain_timeout_s = config.drain_timeout_s
+        self._drain_ends = float("inf")
         self._draining: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -75,6 +78,7 @@ class Server(uvicorn.Server):
         """Begin to drain; called again: stop at once."""
         if self._draining is None:
             log.info("draining", extra={"delay_s": self._drain_delay_s})
+            self._drain_ends = monotonic() + self._drain_delay_s + self._drain_timeout_s
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
             log.warning("stopping at once; requests under way are lost")
@@ -108,6 +112,13 @@ class Server(uvicorn.Server):
     def lost_requests(self) -> bool:
         """Whether requests were cut off: at the end of the drain time, or by force."""
         return self.force_exit or self._application.cut_off > 0
+
+    @property
+    def drain_left_s(self) -> float:
+        """What is left of the drain time for goodbyes, at least a second; nothing when it has to stop at once."""
+        return (
+            0.0 if self.force_exit else max(1.0, min(self._drain_ends - monotonic(), self._drain_timeout_s))
+        )
 
     def _make_protocol(self) -> asyncio.Protocol:
         protocol: type[GuardedProtocol] = self.config.http_protocol_class  # type: ignore[assignment]  # ours

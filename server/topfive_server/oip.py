@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any, Final
 
 from topfive._version import __version__
-from topfive_server.admission import Admission
+from topfive_server.admission import Admission, Ticket
 from topfive_server.batcher import Answer
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
@@ -184,22 +184,22 @@ class OpenInference:
         # What can't be admitted anyway is refused before its body is read.
         self._admission.check(expected_bytes=0, retry_after_s=retry_after_s)
         with self._admission.ticket(retry_after_s) as ticket:
-            limit = self._config.max_body_bytes
-            body = await read_body(
-                receive, exchange.headers, ticket, max_bytes=limit, timeout_s=self._config.body_timeout_s
-            )
-            exchange.bytes_in = len(body)
-            request = await self._parse(exchange, body, interface_of(model, self._config))
-            ticket.add_images(len(request.images_NHWC))
-            exchange.images = len(request.images_NHWC)
-            exchange.timings["receive"] = monotonic() - exchange.started
+            try:
+                request = await self._receive(exchange, receive, ticket, model)
+            finally:
+                exchange.timings["receive"] = monotonic() - exchange.started
             # Looked up again: a hot reload may have happened while the body came in.
             model = find_model(self._models, name, version)
             exchange.model, exchange.version = model.info.name, model.info.version
             statistics = self.statistics.setdefault((model.info.name, model.info.version), Statistics())
             try:
                 answers = await compute(
-                    model, request, started=exchange.started, config=self._config, gone=_gone(receive)
+                    model,
+                    request,
+                    started=exchange.started,
+                    config=self._config,
+                    gone=_gone(receive),
+                    jobs=exchange.jobs,
                 )
             except RequestError:
                 statistics.failures += 1
@@ -207,6 +207,17 @@ class OpenInference:
                 raise
             statistics.add(answers, monotonic() - exchange.started)
             return self._reply(exchange, request, model, answers)
+
+    async def _receive(
+        self, exchange: Exchange, receive: Receive, ticket: Ticket, model: ServedModel
+    ) -> InferRequest:
+        limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
+        body = await read_body(receive, exchange.headers, ticket, max_bytes=limit, timeout_s=timeout_s)
+        exchange.bytes_in = len(body)
+        request = await self._parse(exchange, body, interface_of(model, self._config))
+        ticket.add_images(len(request.images_NHWC))
+        exchange.images = len(request.images_NHWC)
+        return request
 
     async def _parse(self, exchange: Exchange, body: bytes, interface: Interface) -> InferRequest:
         header_length = exchange.headers.get(HEADER_LENGTH.encode())
@@ -250,7 +261,7 @@ class OpenInference:
 
 
 def _require(method: str, wanted: str) -> None:
-    if method != wanted:
+    if method != wanted and (method, wanted) != ("HEAD", "GET"):  # uvicorn leaves the body out
         raise ProtocolError("Method Not Allowed", 405)
 
 

@@ -24,6 +24,7 @@ async def compute(
     started: float,
     config: ServerConfig,
     gone: Coroutine[Any, Any, None] | None,
+    jobs: list[Job],
 ) -> list[Answer]:
     """Every image's answer.
 
@@ -33,6 +34,7 @@ async def compute(
         started: when the request came, on the monotonic clock.
         config: bounds the time-out.
         gone: returns when the client has left; None where leaving cancels the caller.
+        jobs: empty; is filled with the images on their way.
 
     Raises:
         RequestError: one of them failed, or the deadline passed; then the whole request has.
@@ -40,7 +42,6 @@ async def compute(
     """
     loop = asyncio.get_running_loop()
     deadline = started + min(request.timeout_s or config.request_timeout_s, config.request_timeout_s)
-    jobs = []
     for image in request.images_NHWC:
         job = Job(deadline=deadline, priority="batch" if request.priority > 1 else "interactive", loop=loop)
         job.image = image

@@ -6,9 +6,9 @@ REST side, and requests pass through the same admission and batcher. A call that
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import numpy as np
@@ -27,6 +27,10 @@ from topfive_server.oip_codec import ProtocolError, describe_output, parse_messa
 from topfive_server.oip_compute import compute, find_model, interface_of, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.session import one_line
+
+if TYPE_CHECKING:
+    from topfive_server.batcher import Job
+    from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         metrics: Metrics,
         keys: KeyRing | None,
         rest: OpenInference,
+        traces: "Traces | None" = None,
     ) -> None:
         """`rest` is the REST side: both count in the same statistics and drain together."""
         self._config = config
@@ -64,6 +69,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         self._metrics = metrics
         self._keys = keys
         self._rest = rest
+        self._traces = traces
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Whether the process answers."""
@@ -153,9 +159,12 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Classify a batch of decoded squares."""
-        return await self._call("ModelInfer", self._infer, request, context)
+        jobs: list[Job] = []
+        return await self._call(
+            "ModelInfer", lambda message: self._infer(message, jobs), request, context, jobs
+        )
 
-    async def _infer(self, message: Any) -> Any:
+    async def _infer(self, message: Any, jobs: "list[Job]") -> Any:
         started = monotonic()
         model = find_model(self._models, message.model_name, message.model_version or None)
         if self._rest.refusing or not model.health.ready:
@@ -168,7 +177,9 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             key = model.info.name, model.info.version
             statistics = self._rest.statistics.setdefault(key, Statistics())
             try:
-                answers = await compute(model, request, started=started, config=self._config, gone=None)
+                answers = await compute(
+                    model, request, started=started, config=self._config, gone=None, jobs=jobs
+                )
             except RequestError:
                 statistics.failures += 1
                 statistics.failure_s += monotonic() - started
@@ -186,7 +197,9 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             raw_output_contents=[to_binary(values) for _, values in described],
         )
 
-    async def _call(self, name: str, handler: _Handler, request: Any, context: Any) -> Any:
+    async def _call(
+        self, name: str, handler: _Handler, request: Any, context: Any, jobs: "Sequence[Job]" = ()
+    ) -> Any:
         """Check the key, answer, and turn errors into gRPC statuses; counted like every other request."""
         started, status, code = monotonic(), 200, "ok"
         try:
@@ -205,18 +218,23 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         finally:
             self._metrics.requests.labels(f"grpc {name}", str(status), code).inc()
             self._metrics.request_seconds.labels(f"grpc {name}").observe(monotonic() - started)
+            if self._traces is not None:
+                self._traces.record_grpc(
+                    name, request, _metadata(context), jobs, started=started, status=status, code=code
+                )
         return await context.abort(_STATUS.get(status, grpc.StatusCode.INTERNAL), reason)
 
     def _authorize(self, context: Any) -> None:
-        headers = {
-            key.encode(): value.encode()
-            for key, value in context.invocation_metadata()
-            if isinstance(value, str)
-        }
-        if self._keys is not None and not self._keys.opens(headers):
+        if self._keys is not None and not self._keys.opens(_metadata(context)):
             raise UnauthorizedError(
                 "send an API key as metadata: `authorization: Bearer KEY` or `x-api-key: KEY`"
             )
+
+
+def _metadata(context: Any) -> dict[bytes, bytes]:
+    return {
+        key.encode(): value.encode() for key, value in context.invocation_metadata() if isinstance(value, str)
+    }
 
 
 def _as_header(message: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ BUILD_BACKEND = {"hatchling", "editables", "trove-classifiers"}
 OWN = {"benchmarks", "scripts", "tests", "topfive", "topfive_export", "topfive_server", "topfive_training"}
 ALLOWED_EXTRAS = {
     "client/topfive": ["scoring", "plot"],
-    "server/topfive_server": ["server", "triton"],
+    "server/topfive_server": ["server", "telemetry", "triton"],
     "export/topfive_export": ["export", "training"],
     "training/topfive_training": ["training", "imagenet"],
     "benchmarks": ["dev"],

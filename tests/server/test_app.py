@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.server.fakes import FakeEngine, make_info, picture
-from tests.server.harness import Harness, Reply, eventually, serving
+from tests.server.harness import Harness, Reply, eventually, read_reply, serving
 
 from topfive_server.errors import all_errors
 
@@ -267,7 +267,32 @@ def test_unknown_paths_and_methods(server: Harness) -> None:
     reply = server.request("DELETE", "/v1/classify")
     assert (reply.status, reply.code, reply.headers["allow"]) == (405, "method-not-allowed", "POST, PUT")
     reply = server.request("POST", "/healthz")
-    assert (reply.status, reply.code, reply.headers["allow"]) == (405, "method-not-allowed", "GET")
+    assert (reply.status, reply.code, reply.headers["allow"]) == (405, "method-not-allowed", "GET, HEAD")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/healthz", "/readyz", "/metrics", "/v1/models", "/v2", "/v2/health/ready", "/nothing"]
+)
+def test_head_is_get_without_the_body(server: Harness, path: str) -> None:
+    """As load balancers probe; whatever followed the head would be taken for the next answer."""
+    expected = server.request("GET", path)
+    with server.connect() as connection:
+        for _ in range(2):
+            connection.sendall(b"HEAD %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
+            received = b""
+            while not received.endswith(b"\r\n\r\n"):
+                received += connection.recv(65536)
+            head = received.decode("latin-1").lower()
+            assert head.startswith(f"http/1.1 {expected.status} ")
+            assert f"content-type: {expected.headers['content-type']}\r\n" in head
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_reply(connection).json["status"] == "alive"
+
+
+def test_what_allows_get_allows_head_and_says_so(server: Harness) -> None:
+    assert server.request("DELETE", "/healthz").headers["allow"] == "GET, HEAD"
+    reply = server.request("HEAD", "/v1/classify")
+    assert (reply.status, reply.headers["allow"]) == (405, "POST, PUT")
 
 
 def test_health_and_readiness(server: Harness) -> None:
@@ -348,6 +373,33 @@ def test_one_line_in_the_log_for_each_request(capfd: pytest.CaptureFixture[str])
     ]  # fmt: skip
     assert requests[0]["infer_ms"] >= 0
     assert requests[0]["model"] == "fake"
+
+
+def test_a_slow_request_says_which_stage_it_was_in(capfd: pytest.CaptureFixture[str]) -> None:
+    from topfive_server import logs
+
+    with serving(slow_request_ms=100, body_timeout_s=0.3) as server, ThreadPoolExecutor() as threads:
+        logs.configure("json")
+        server.hold()
+        computed = threads.submit(server.classify, picture(1), X_Request_ID="a", X_Timeout_Ms="300")
+        eventually(lambda: server.engine.seen == [1])
+        queued = threads.submit(server.classify, picture(2), X_Request_ID="b", X_Timeout_Ms="300")
+        with server.connect() as connection:
+            connection.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nX-Request-ID: c\r\nContent-Length: 9\r\n\r\nx"
+            )
+            assert read_reply(connection).status == 408
+        assert {computed.result().status, queued.result().status} == {504}
+        server.release()
+    logs.configure("json")
+    lines = map(json.loads, filter(None, capfd.readouterr().err.splitlines()))
+    told = {line["request_id"]: line for line in lines if line["message"] == "slow request"}
+    assert {key: line["slowest"] for key, line in told.items()} == {
+        "a": "infer",
+        "b": "queue",
+        "c": "receive",
+    }
+    assert {line["level"] for line in told.values()} == {"warning"}
 
 
 def test_readiness_sends_an_image_through_the_whole_path_and_notices_wrong_answers() -> None:

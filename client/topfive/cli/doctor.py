@@ -27,6 +27,7 @@ EXTRAS = {
     "scoring": "topfive score",
     "triton": "a Triton server as the engine",
     "plot": "topfive load-test --plot",
+    "telemetry": "topfive serve --traces",
     "cuda": "topfive serve on a GPU where CUDA is not installed system-wide",
 }
 """What each optional part is for."""
