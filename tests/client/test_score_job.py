@@ -339,6 +339,25 @@ def test_overwrite_starts_anew_with_the_other_model(photos: Path, tmp_path: Path
     assert {row["version"] for row in rows_of(output)} == {"1"}
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_new_results_take_the_place_of_the_old_in_one_step(photos: Path, tmp_path: Path, suffix: str) -> None:
+    """Who reads the old results has them to the end, and a job that stops has not touched them."""
+    output = tmp_path / f"r{suffix}"
+    statistics = output.with_name(f"{output.name}.stats.json")
+    score_with(FakeClassifier(version="1"), photos, output, JobConfig(top_k=1))
+    old, old_statistics = output.read_bytes(), statistics.read_bytes()
+    again = JobConfig(top_k=2, overwrite=True)
+    (stop := threading.Event()).set()
+    with pytest.raises(InterruptedJobError):
+        score_with(FakeClassifier(version="2"), photos, output, again, stop=stop)
+    assert (output.read_bytes(), statistics.read_bytes()) == (old, old_statistics)
+    with output.open("rb") as reader, statistics.open("rb") as other:
+        score_with(FakeClassifier(version="2"), photos, output, again)
+        assert (reader.read(), other.read()) == (old, old_statistics)
+    assert output.read_bytes() != old
+    assert json.loads(statistics.read_bytes())["version"] == "2"
+
+
 def test_damaged_state_is_refused_not_published(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "r.jsonl"
     stopped_job(photos, output, save_every_s=0)

@@ -1,9 +1,12 @@
 """Faults injected for real: raw sockets that send nonsense, too much, too little, too slowly, or leave."""
 
+import gzip
+import resource
 import socket
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +15,8 @@ from tests.server.fakes import FakeEngine, picture
 from tests.server.harness import Harness, eventually, read_reply, serving
 
 from topfive.preprocessing import decode
+from topfive_server.errors import TooLargeError
+from topfive_server.receive import unpack
 
 POST = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
 
@@ -155,11 +160,22 @@ def test_an_endless_chunked_body_is_refused_while_it_streams(server: Harness) ->
 
 
 def test_tens_of_thousands_of_tiny_chunks(server: Harness) -> None:
-    data = picture(9, size=(200, 100), form="BMP")
-    assert len(data) > 60_000
+    data = picture(9, size=(220, 100), form="BMP")
+    assert len(data) > 65_536
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in data)
     reply = server.raw(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
     assert reply.classes == [9]
+
+
+def test_a_gzip_bomb_is_not_held_in_memory_before_it_is_refused() -> None:
+    bomb = gzip.compress(bytes(100_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLargeError, match="after decompression"):
+            unpack(bomb, {b"content-encoding": b"gzip"}, max_bytes=1_000_000, max_images=1)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_body_cut_short_by_the_client(server: Harness) -> None:
@@ -211,6 +227,32 @@ def test_hundreds_of_idle_connections_hurt_nobody(server: Harness) -> None:
     finally:
         for connection in idle:
             connection.close()
+
+
+def test_thousands_of_connections_that_wait_hurt_nobody() -> None:
+    """Idle ones, half of a head, half of a body: as many as this machine lets one process hold both ends of."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    count = min(3000, (hard - 500) // 2)
+    beginnings = (b"", b"GET /heal", POST + b"Content-Length: 100\r\n\r\nabc")
+    idle: list[socket.socket] = []
+    try:
+        with serving(header_timeout_s=60, body_timeout_s=60) as server:
+            for number in range(count):
+                idle.append(server.connect())
+                idle[-1].sendall(beginnings[number % 3])
+            eventually(lambda: len(server.server.server_state.connections) == count)
+            with ThreadPoolExecutor(8) as threads:
+                replies = list(threads.map(lambda red: server.classify(picture(red)), range(100)))
+            assert [reply.classes for reply in replies] == [[red] for red in range(100)]
+            assert server.request("GET", "/readyz").status == 200
+            for connection in idle:
+                connection.close()
+            eventually(lambda: server.application.admission.bytes == 0)
+    finally:
+        for connection in idle:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_client_that_leaves_while_it_waits_is_computed_for_by_nobody() -> None:
