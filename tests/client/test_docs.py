@@ -83,9 +83,11 @@ def test_the_examples_run(
     for name in ("cat.jpg", "dog.jpg", "photos/a.jpg"):
         (tmp_path / name).write_bytes(jpeg())
     examples = blocks()
-    assert len(examples) == 4
+    assert len(examples) == 5
     with topfive.Client() as client:
         for example in examples:
             names: dict[str, Any] = {"pathlib": pathlib, "client": client}
             exec(example.replace("http://127.0.0.1:8000", server.url), names)
     assert "photos/a.jpg" in capsys.readouterr().out
+    sent = [request.headers.get("traceparent") for request in server.requests]
+    assert [header[:5] for header in sent if header] == ["00-0a"]  # the one example that sets it
