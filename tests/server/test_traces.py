@@ -1,11 +1,13 @@
 """Traces as a collector receives them: a real server process, and a small collector that reads OTLP over HTTP."""
 
+import asyncio
 import http.client
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -344,3 +346,34 @@ def test_what_keeps_it_from_sending_is_a_sentence(repository: Path, tmp_path: Pa
     assert status == 1
     assert "--traces needs opentelemetry" in message
     assert "pip install 'topfive[telemetry]'" in message
+
+
+def test_a_wall_clock_that_jumps_changes_no_duration(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from topfive_server.exchange import Exchange
+    from topfive_server.traces import Traces
+
+    for name, value in environment(collector).items():
+        monkeypatch.setenv(name, value)
+    hours = iter(range(100, 0, -1))  # an hour back whenever somebody looks
+    monkeypatch.setattr(time, "time_ns", lambda: next(hours) * 3_600_000_000_000)
+
+    async def send(_: Any) -> None:
+        raise AssertionError
+
+    async def record() -> None:
+        ended = time.monotonic()
+        scope = {"method": "POST", "path": "/v1/classify", "scheme": "http", "http_version": "1.1"}
+        exchange = Exchange(scope, send, headers={}, request_id="jump", started=ended - 2, closing=False)
+        exchange.timings["receive"] = 0.5
+        traces = Traces()
+        traces.record_http(exchange, ended)
+        await traces.close(10)
+
+    asyncio.run(record())
+    span = collector.of("jump")
+    (receive,) = collector.below(span)
+    assert span.end_time_unix_nano - span.start_time_unix_nano == pytest.approx(2e9, abs=1e4)
+    assert receive.end_time_unix_nano - receive.start_time_unix_nano == pytest.approx(5e8, abs=1e4)
+    assert receive.start_time_unix_nano == span.start_time_unix_nano
