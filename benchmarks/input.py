@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from topfive.model_spec import Architecture, Preprocessing
+from topfive.model_spec import Preprocessing
 from topfive_training.batches import Batch, training_batches
 from topfive_training.dataset import scan
 from topfive_training.initialization import initialize
@@ -59,7 +59,7 @@ def images_per_second(squares: Squares, recipe: Recipe, workers: int, passes: in
 
 def share_waiting(squares: Squares, recipe: Recipe, workers: int, classes: int) -> tuple[float, float]:
     """Share of one epoch's time spent waiting for batches, and images per second."""
-    network = AlexNet(Architecture(width=recipe.width, classes=classes)).train()
+    network = AlexNet(recipe.network(classes)).train()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialize(network, recipe)
     optimizer = make_optimizer(network, recipe)

@@ -51,6 +51,9 @@ class Architecture:
     """Where dropout is compensated: outputs times (1 - p) at `evaluation` (2012), or inverted dropout in `training`."""
     normalization: Literal["lrn", "batch", "none"] = "lrn"
     """Response normalisation over neighbouring maps (2012), batch normalisation, or none."""
+    within_map_norm: bool = False
+    """`alexnet-2012` with `lrn`: normalise over 5x5 windows of each map after conv2's response norm, as the original
+    *code* did (`cnorm2`) and the paper does not say."""
     overlapping_pooling: bool = True
     """Max-pooling over 3x3 windows with stride 2 (paper section 3.4), or 2x2 with stride 2."""
 
@@ -67,6 +70,12 @@ class Architecture:
         )
         _require(0.01 <= self.width <= 16, "architecture.width", self.width, "between 0.01 and 16")
         _require(0 <= self.dropout < 1, "architecture.dropout", self.dropout, "at least 0 and below 1")
+        _require(
+            not self.within_map_norm or (self.name == "alexnet-2012" and self.normalization == "lrn"),
+            "architecture.within_map_norm",
+            self.within_map_norm,
+            "false but for alexnet-2012 with normalization lrn",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

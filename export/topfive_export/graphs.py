@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from topfive_export.variant import Variant
 from topfive_training.checkpoint import Classifier
-from topfive_training.network import AlexNet, LocalResponseNorm
+from topfive_training.network import AlexNet, LocalResponseNorm, WithinMapNorm
 
 TOP: Final = 5
 """Answers per image; fewer where there are fewer classes."""
@@ -56,10 +56,33 @@ class BandNorm(nn.Module):
     def forward(self, maps_BCHW: Tensor) -> Tensor:
         """Normalised maps of the same shape."""
         scale_BCHW = F.conv2d(maps_BCHW * maps_BCHW, self.weight, self.k, groups=self.towers)
-        if self.beta == 0.75:
-            # Square roots are vector instructions, the general power is not: a tenth of the network's time.
-            return maps_BCHW / (scale_BCHW * scale_BCHW.sqrt()).sqrt()
-        return maps_BCHW / scale_BCHW.pow(self.beta)
+        return _divided(maps_BCHW, scale_BCHW, self.beta)
+
+
+class WindowNorm(nn.Module):
+    """The norm within maps as an average pool of the squares: a convolution of each map by itself is no faster.
+
+    In fp16 nothing overflows: it follows a response norm, whose values stay below 120 whatever goes in.
+    """
+
+    def __init__(self, norm: WithinMapNorm) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta, self.k = norm.size, norm.alpha, norm.beta, norm.k
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """Normalised maps of the same shape."""
+        # The original divides by the whole window's size at the edges too.
+        mean_BCHW = F.avg_pool2d(
+            maps_BCHW * maps_BCHW, self.size, stride=1, padding=self.size // 2, count_include_pad=True
+        )
+        return _divided(maps_BCHW, self.k + self.alpha * mean_BCHW, self.beta)
+
+
+def _divided(maps_BCHW: Tensor, scale_BCHW: Tensor, beta: float) -> Tensor:
+    if beta == 0.75:
+        # Square roots are vector instructions, the general power is not: a tenth of the network's time.
+        return maps_BCHW / (scale_BCHW * scale_BCHW.sqrt()).sqrt()
+    return maps_BCHW / scale_BCHW.pow(beta)
 
 
 class OperatorNorm(nn.Module):
@@ -196,6 +219,8 @@ class ExportGraph(nn.Module):
         for name, module in list(self.network.named_children()):
             if isinstance(module, LocalResponseNorm):
                 setattr(self.network, name, kind(module))
+            elif isinstance(module, WithinMapNorm):
+                setattr(self.network, name, WindowNorm(module))
 
     def forward(self, image: Tensor) -> Answers:
         """Answers for uint8 RGB images [B, H, W, C]; the argument's name is the input's."""

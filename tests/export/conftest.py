@@ -25,6 +25,7 @@ def make_classifier(
     seed: int = 0,
     width: float = 0.06,
     normalization: str | None = None,
+    within_map_norm: bool = False,
 ) -> Classifier:
     """A narrow network with He-initialised weights: its answers depend on the image, as after training."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +36,7 @@ def make_classifier(
         width=width,
         normalization=normalization or published.normalization,  # type: ignore[arg-type]
         dropout_scaling=published.dropout_scaling,
+        within_map_norm=within_map_norm,
     )
     if name == "alexnet-2014":
         preprocessing = Preprocessing(crop=224, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
@@ -69,9 +71,9 @@ def make_classifier(
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the 2012 network, with a mean image."""
+    """A checkpoint of the 2012 network as its recipe trains it: with a mean image, and the norm within maps."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_model(folder, make_classifier(mean_image=True))
+    save_model(folder, make_classifier(mean_image=True, within_map_norm=True))
     return folder
 
 

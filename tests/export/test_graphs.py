@@ -10,9 +10,9 @@ from tests.export.conftest import make_classifier
 
 from topfive.model_spec import ArchitectureName, Preprocessing
 from topfive.preprocessing import decode
-from topfive_export.graphs import BandNorm, CentralResize, FoldedConvolution, build_graph
+from topfive_export.graphs import BandNorm, CentralResize, FoldedConvolution, WindowNorm, build_graph
 from topfive_export.variant import Variant
-from topfive_training.network import LocalResponseNorm
+from topfive_training.network import LocalResponseNorm, WithinMapNorm
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,23 @@ def test_band_norm_is_the_response_norm(towers: int, beta: float, k: float, size
         squares = (maps[:, low:high].double() ** 2).sum(dim=1)
         expected[:, channel] = maps[:, channel].double() / (k + 0.3 / size * squares) ** beta
     assert np.allclose(BandNorm(norm)(maps).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.75, 0.5])
+def test_window_norm_is_the_norm_within_maps(beta: float) -> None:
+    norm = WithinMapNorm(size=3, alpha=0.4, beta=beta, k=1.5)
+    maps = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0)) * 5
+    padded = np.pad(maps.double().numpy() ** 2, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    sums = sum(padded[:, :, y : y + 6, x : x + 5] for y in range(3) for x in range(3))
+    expected = maps.double().numpy() / (1.5 + 0.4 / 9 * sums) ** beta
+    assert np.allclose(WindowNorm(norm)(maps).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_after_a_response_norm_the_squares_fit_into_fp16() -> None:
+    """So the norm within maps needs no fp32 of its own: no value, however large, leaves a response norm above 120."""
+    maps = torch.zeros(1, 8, 400, 1)
+    maps[0, 3, :, 0] = torch.logspace(-3, 6, 400)
+    assert float(LocalResponseNorm(8, towers=1)(maps).max()) < 120 < 65504**0.5
 
 
 def test_a_window_without_a_center_is_refused() -> None:

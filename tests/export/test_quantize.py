@@ -66,8 +66,9 @@ def test_an_int8_version_is_smaller_and_reports_how_it_was_made(
     assert "topfive" in {entry.key for entry in model.metadata_props}
 
 
-def test_a_max_pool_is_followed_by_a_relu_that_changes_nothing() -> None:
-    classifier = make_classifier()
+@pytest.mark.parametrize("within", [False, True])
+def test_a_max_pool_is_followed_by_a_relu_that_changes_nothing(within: bool) -> None:
+    classifier = make_classifier(within_map_norm=within)
     model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
     images = np.random.default_rng(0).integers(0, 256, (2, 227, 227, 3), dtype=np.uint8)
     expected = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -61,13 +61,18 @@ def two_towers(network: AlexNet, images: Tensor) -> Tensor:
     def norm(maps: Tensor) -> Tensor:
         return F.local_response_norm(maps, 5, 1e-4, 0.75, 2.0)
 
+    def within(maps: Tensor) -> Tensor:
+        if not network.architecture.within_map_norm:
+            return maps
+        return maps / (1 + 1e-3 * F.avg_pool2d(maps**2, 5, 1, 2, count_include_pad=True)) ** 0.75
+
     def pool(maps: Tensor) -> Tensor:
         return F.max_pool2d(maps, 3, 2, ceil_mode=True)
 
     first = []
     for tower in (0, 1):
         maps = torch.relu(pool(norm(conv(network.conv1, images, tower, stride=4))))
-        first.append(pool(norm(torch.relu(conv(network.conv2, maps, tower, padding=2)))))
+        first.append(pool(within(norm(torch.relu(conv(network.conv2, maps, tower, padding=2))))))
     both = torch.cat(first, 1)  # the first exchange
     second = []
     for tower in (0, 1):
@@ -81,9 +86,12 @@ def two_towers(network: AlexNet, images: Tensor) -> Tensor:
     return F.linear(units, network.fc8.weight, network.fc8.bias)
 
 
-def test_groups_equal_two_explicit_towers() -> None:
+@pytest.mark.parametrize("within", [False, True])
+def test_groups_equal_two_explicit_towers(within: bool) -> None:
     torch.manual_seed(0)
-    network = AlexNet(Architecture(classes=7, width=0.1)).double().eval()
+    network = AlexNet(Architecture(classes=7, width=0.1, within_map_norm=within)).double().eval()
+    with torch.no_grad():
+        network.conv2.weight.mul_(20)  # values of a size at which the norms do something
     images = torch.randn(2, 3, 227, 227, dtype=torch.float64) * 60
     torch.testing.assert_close(network(images), two_towers(network, images))
     parameters = list(network.parameters())

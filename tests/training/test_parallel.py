@@ -18,7 +18,7 @@ from topfive_training.recipe import Recipe
 from topfive_training.schedule import Phase
 
 BATCH, STEPS, CLASSES = 4, 20, 5
-SMALL = Architecture(width=0.05, classes=CLASSES)
+SMALL = Architecture(width=0.05, classes=CLASSES, within_map_norm=True)
 OTHERS = {
     "batch norm": Architecture(width=0.05, classes=CLASSES, normalization="batch"),
     "dropout before": Architecture(

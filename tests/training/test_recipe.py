@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from topfive_training.recipe import RECIPES, Recipe, RecipeError, field_documentation, make_recipe
+from topfive_training.recipe import RECIPES, Recipe, RecipeError, field_documentation, make_recipe, recorded
 
 
 def test_2012_is_the_default() -> None:
@@ -53,6 +53,23 @@ def test_2014_brings_its_own_decisions_unless_told() -> None:
         make_recipe("2012", {"architecture": "alexnet-2014", "normalization": "lrn"}).normalization == "lrn"
     )
     assert make_recipe("modern", {"architecture": "alexnet-2014"}).normalization == "batch"
+
+
+def test_the_norm_within_maps_is_2012s_and_goes_where_it_can() -> None:
+    assert RECIPES["2012"].network(3).within_map_norm
+    assert not RECIPES["modern"].network(3).within_map_norm
+    for changes in ({"normalization": "none"}, {"architecture": "caffenet"}, {"within-map-norm": "no"}):
+        assert not make_recipe("2012", changes).network(3).within_map_norm
+    assert make_recipe("modern", {"normalization": "lrn", "within_map_norm": "yes"}).within_map_norm
+    with pytest.raises(RecipeError, match=r"within_map_norm is True; .* goes with alexnet-2012 and lrn"):
+        make_recipe("modern", {"within_map_norm": "yes"})
+
+
+def test_a_record_from_before_the_norm_within_maps_is_of_a_run_without() -> None:
+    fields = Recipe().to_json()
+    del fields["within_map_norm"]
+    assert not make_recipe("2012", recorded(fields)).within_map_norm
+    assert make_recipe("2012", recorded(Recipe().to_json())) == Recipe()
 
 
 def test_every_field_says_what_it_does() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from topfive.model_spec import Architecture, ArchitectureName
 from topfive_training.randomness import uniform
-from topfive_training.response_norm import normalize_response
+from topfive_training.response_norm import across_maps, normalize_response, within_maps
 
 LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 """The layers with weights, from image to answer."""
@@ -97,7 +97,7 @@ _SHAPES: Final[dict[ArchitectureName, _Shape]] = {
 
 
 def published_architecture(name: ArchitectureName, *, classes: int = 1000) -> Architecture:
-    """The named network with every decision as it was published (2014: no normalisation; all but 2012: inverted dropout)."""
+    """The named network with every decision as its paper has it (2014: no normalisation; all but 2012: inverted dropout)."""
     if name == "alexnet-2014":
         return Architecture(name=name, classes=classes, normalization="none", dropout_scaling="training")
     scaling: Literal["evaluation", "training"] = "evaluation" if name == "alexnet-2012" else "training"
@@ -109,7 +109,43 @@ def scaled(channels: int, width: float) -> int:
     return max(8, 8 * round(channels * width / 8))
 
 
-class LocalResponseNorm(nn.Module):
+class _ResponseNorm(nn.Module):
+    """What the two response norms share: `b = a / (k + weighted sum of squares) ** beta`, in fp32 at least."""
+
+    beta: float
+    k: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def make_weight(self, maps_BCHW: Tensor) -> Tensor:
+        """The weights of the sum, on the device and in the type of these maps."""
+        raise NotImplementedError
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """Normalised maps of the same shape."""
+        # Sums of squares in bf16 would lose the small ones.
+        with torch.autocast(maps_BCHW.device.type, enabled=False):
+            maps_BCHW = maps_BCHW.float() if maps_BCHW.dtype == torch.bfloat16 else maps_BCHW
+            return normalize_response(maps_BCHW, self._weight(maps_BCHW), beta=self.beta, k=self.k)
+
+    def _weight(self, maps_BCHW: Tensor) -> Tensor:
+        """Made once: a dozen small kernels would cost a GPU more than the norm itself.
+
+        No buffer, which `DistributedDataParallel` would send around in every step, and a network that is made without
+        data and then given its weights would be left without.
+        """
+        if torch.compiler.is_compiling():
+            return self.make_weight(maps_BCHW)
+        key = maps_BCHW.shape[1], maps_BCHW.device, maps_BCHW.dtype
+        if key not in self._made:
+            with torch.inference_mode(mode=False):  # or training after it could not use it
+                self._made[key] = self.make_weight(maps_BCHW)
+        return self._made[key]
+
+
+class LocalResponseNorm(_ResponseNorm):
     """Response normalisation across neighbouring maps of the same tower (paper section 3.3).
 
     `b_i = a_i / (k + alpha / size * sum_j a_j^2) ** beta` over the `size` maps j centred on i, never across the seam
@@ -135,18 +171,9 @@ class LocalResponseNorm(nn.Module):
         self.beta = beta
         self.k = k
 
-    def forward(self, maps_BCHW: Tensor) -> Tensor:
-        """Normalised maps of the same shape."""
-        # Sums of squares in bf16 would lose the small ones.
-        with torch.autocast(maps_BCHW.device.type, enabled=False):
-            return normalize_response(
-                maps_BCHW.float() if maps_BCHW.dtype == torch.bfloat16 else maps_BCHW,
-                towers=self.towers,
-                size=self.size,
-                alpha=self.alpha,
-                beta=self.beta,
-                k=self.k,
-            )
+    def make_weight(self, maps_BCHW: Tensor) -> Tensor:
+        """A band, in each tower by itself."""
+        return across_maps(self.channels, maps_BCHW, towers=self.towers, size=self.size, alpha=self.alpha)
 
     def extra_repr(self) -> str:
         """The constants."""
@@ -154,6 +181,33 @@ class LocalResponseNorm(nn.Module):
             f"{self.channels}, towers={self.towers}, size={self.size}, alpha={self.alpha}, "
             f"beta={self.beta}, k={self.k}"
         )
+
+
+class WithinMapNorm(_ResponseNorm):
+    """Response normalisation within each map: `cnorm2` of the original code, which the paper does not mention.
+
+    `b = a / (k + alpha / size^2 * sum a^2) ** beta` over the `size` x `size` window centred on each value, with zeros
+    beyond the map's edge. The constants are those of cuda-convnet's run 145: `layers-145.cfg` has `type=rnorm, size=5`,
+    `layer-params-145.cfg` has `scale=0.001, pow=0.75`; `layer.py` divides the scale by the size squared and takes
+    `minDiv=1`, here k, where none is given; the kernel cuts the window off at the edge and divides by no count.
+    """
+
+    def __init__(self, *, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0) -> None:
+        super().__init__()
+        if size % 2 == 0:
+            raise ValueError(f"the window of the norm within maps is {size}; it must be odd")
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+
+    def make_weight(self, maps_BCHW: Tensor) -> Tensor:
+        """A square, for each map by itself."""
+        return within_maps(maps_BCHW.shape[1], maps_BCHW, size=self.size, alpha=self.alpha)
+
+    def extra_repr(self) -> str:
+        """The constants."""
+        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
 class Dropout(nn.Module):
@@ -199,8 +253,8 @@ class AlexNet(nn.Module):
 
     Order in `alexnet-2012`, as the original code has it: conv1, norm, pool, ReLU; conv2, ReLU, norm, pool; conv3, ReLU;
     conv4, ReLU; conv5, pool, ReLU; fc6, ReLU, dropout; fc7, ReLU, dropout; fc8. Sizes round up as there
-    (227 -> 55 -> 27 -> 13 -> 6; a 224 image is padded by three zeros at its right and bottom). The code's undocumented
-    `cnorm2`, a norm within maps after norm2, is left out: the paper has none.
+    (227 -> 55 -> 27 -> 13 -> 6; a 224 image is padded by three zeros at its right and bottom). With `within_map_norm` the
+    code's undocumented `cnorm2` stands between norm2 and its pool.
 
     With `normalization="batch"` a batch norm stands between every layer but fc8 and its ReLU, and no response norm.
 
@@ -242,6 +296,7 @@ class AlexNet(nn.Module):
 
         self.norm1 = response_norm(c1)
         self.norm2 = response_norm(c2)
+        self.cnorm2 = WithinMapNorm() if architecture.within_map_norm else nn.Identity()
         self.batch_norm1 = _batch_norm2d(batch, c1)
         self.batch_norm2 = _batch_norm2d(batch, c2)
         self.batch_norm3 = _batch_norm2d(batch, c3)
@@ -274,7 +329,7 @@ class AlexNet(nn.Module):
         """conv1 to pool5, flattened [B, C * 6 * 6]."""
         first, second = self.shape.blocks
         maps = self._block(first, self.batch_norm1(self.conv1(self._padded(images_BCHW))), self.norm1)
-        maps = self._block(second, self.batch_norm2(self.conv2(maps)), self.norm2)
+        maps = self._block(second, self.batch_norm2(self.conv2(maps)), self.norm2, self.cnorm2)
         maps = F.relu(self.batch_norm3(self.conv3(maps)))
         maps = F.relu(self.batch_norm4(self.conv4(maps)))
         # ReLU after the pool is the same as before it, on a quarter of the values.
@@ -298,7 +353,12 @@ class AlexNet(nn.Module):
         dropped_BF: Tensor = self.dropout7(F.relu(self.batch_norm7(self.fc7(units_BF))), dropout_keys_B)
         return dropped_BF
 
-    def _block(self, order: _Block, maps: Tensor, norm: nn.Module) -> Tensor:
+    def _block(self, order: _Block, maps: Tensor, *norms: nn.Module) -> Tensor:
+        def norm(maps: Tensor) -> Tensor:
+            for one in norms:
+                maps = one(maps)
+            return maps
+
         if order == "norm-pool-relu":
             return F.relu(self.pool(norm(maps)))
         maps = F.relu(maps)

@@ -45,8 +45,10 @@ class Recipe:
     dropout_scaling: Literal["evaluation", "training"] = "evaluation"
     """The code leaves training unscaled and multiplies by (1 - p) at `evaluation`; `training` is inverted dropout."""
     normalization: Literal["lrn", "batch", "none"] = "lrn"
-    """Response norm within each tower, alpha divided by the window's size (code); batch norm; or none. The code's
-    undocumented `cnorm2`, a norm within maps, is left out as in the paper."""
+    """Response norm within each tower, alpha divided by the window's size (code); batch norm; or none."""
+    within_map_norm: bool = True
+    """After conv2's response norm another one over 5x5 windows of each map: `cnorm2` of the code (`layers-145.cfg`), which
+    the paper does not mention. Goes with alexnet-2012 and `lrn`, and is off without them."""
     overlapping_pooling: bool = True
     """3x3 windows with stride 2 (paper section 3.4), or 2x2 with stride 2."""
 
@@ -145,11 +147,20 @@ class Recipe:
         for name in ("dropout", "momentum", "label_smoothing"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "at least 0 and below 1")
+        _require(
+            not self.within_map_norm or self._may_normalize_within(),
+            "within_map_norm",
+            self.within_map_norm,
+            f"false with {self.architecture} and normalization {self.normalization}; it goes with alexnet-2012 and lrn",
+        )
         low, high = (195, 230) if self.architecture == "alexnet-2014" else (196, 227)
         _require(
             low <= self.crop <= high, "crop", self.crop, f"between {low} and {high} for {self.architecture}"
         )
         _require(self.crop <= self.short_side, "crop", self.crop, f"at most short_side ({self.short_side})")
+
+    def _may_normalize_within(self) -> bool:
+        return self.architecture == "alexnet-2012" and self.normalization == "lrn"
 
     def layer_rate(self, layer: str) -> float:
         """The factor on the rate of `layer`, such as `conv1`; the last entry that fits counts."""
@@ -168,6 +179,7 @@ class Recipe:
             dropout=self.dropout,
             dropout_scaling=self.dropout_scaling,
             normalization=self.normalization,
+            within_map_norm=self.within_map_norm,
             overlapping_pooling=self.overlapping_pooling,
         )
 
@@ -198,6 +210,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     "modern": Recipe(
         dropout_scaling="training",
         normalization="batch",
+        within_map_norm=False,
         mean="channel",
         std="channel",
         initialization="he",
@@ -238,7 +251,8 @@ _PUBLISHED_2014: Final[Mapping[str, Any]] = {
 def make_recipe(name: str, overrides: Mapping[str, object]) -> Recipe:
     """The named recipe with fields changed; text values, as a command line gives them, are parsed.
 
-    Choosing `architecture=alexnet-2014` brings that network's normalisation, dropout and crop, unless given too.
+    Choosing `architecture=alexnet-2014` brings that network's normalisation, dropout and crop, unless given too; another
+    architecture or normalisation than that of 2012 is without its norm within maps.
 
     Raises:
         RecipeError: an unknown recipe or field (with the nearest name), or a value out of range.
@@ -257,9 +271,21 @@ def make_recipe(name: str, overrides: Mapping[str, object]) -> Recipe:
     base = RECIPES[name]
     if changes.get("architecture") == "alexnet-2014":
         changes = {k: v for k, v in _PUBLISHED_2014.items() if getattr(base, k) != "batch"} | changes
+    network = {name: changes.get(name, getattr(base, name)) for name in ("architecture", "normalization")}
+    if network != {"architecture": "alexnet-2012", "normalization": "lrn"}:
+        changes.setdefault("within_map_norm", False)
     if "epochs" in changes and "warmup_epochs" not in changes:
         changes["warmup_epochs"] = min(base.warmup_epochs, changes["epochs"] / 4)
     return dataclasses.replace(base, **changes)
+
+
+_BEFORE: Final[Mapping[str, Json]] = {"within_map_norm": False}
+"""What was done before there was a field for it; all others did what is now their default."""
+
+
+def recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a run's record, with what a program that did not know them all yet did."""
+    return {**_BEFORE, **fields}
 
 
 def _parse(field: str, hint: Any, value: object) -> object:

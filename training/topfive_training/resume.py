@@ -22,7 +22,7 @@ from topfive_training.checkpoint import (
     load_tensors,
     save_tensors,
 )
-from topfive_training.recipe import Recipe
+from topfive_training.recipe import Recipe, recorded
 
 if TYPE_CHECKING:
     from topfive_training.trainer import Trainer
@@ -64,9 +64,7 @@ def saved_recipe(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the state is damaged.
     """
-    recipe = _header(folder / STATE_FILE)["recipe"]
-    assert isinstance(recipe, dict)
-    return recipe
+    return recorded(_header(folder / STATE_FILE)["recipe"])
 
 
 def load_classifier(folder: Path, *, data_fingerprint: str) -> Classifier:
@@ -128,9 +126,9 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, state: dict[str, Any], trainer: "Trainer") -> None:
+    saved = recorded(state["recipe"])
     for field in dataclasses.fields(Recipe):
-        # A field that the program did not have when the state was saved had what is now its default.
-        before, value = state["recipe"].get(field.name, field.default), getattr(trainer.recipe, field.name)
+        before, value = saved.get(field.name, field.default), getattr(trainer.recipe, field.name)
         if before != value:
             raise CheckpointError(
                 f"{path} is of a run with {field.name} {before!r}, not {value!r}; leave the option out to go on with "

@@ -29,6 +29,7 @@ def recipe_from(name: str, given: Mapping[str, object], spec: ModelSpec) -> Reci
         "width": architecture.width,
         "dropout_scaling": architecture.dropout_scaling,
         "normalization": architecture.normalization,
+        "within_map_norm": architecture.within_map_norm,
         "overlapping_pooling": architecture.overlapping_pooling,
         "short_side": preprocessing.short_side,
         "crop": preprocessing.crop,
