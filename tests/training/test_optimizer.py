@@ -21,8 +21,9 @@ def make(recipe: Recipe) -> AlexNet:
     return network
 
 
+@pytest.mark.parametrize("bias_rate", [None, 0.02])
 @pytest.mark.parametrize("inside", [True, False])
-def test_ten_steps_by_hand(inside: bool) -> None:
+def test_ten_steps_by_hand(inside: bool, bias_rate: float | None) -> None:
     recipe = dataclasses.replace(SMALL, rate_inside_velocity=inside, weight_decay=0.05)
     network = make(recipe)
     optimizer = make_optimizer(network, recipe)
@@ -32,14 +33,16 @@ def test_ten_steps_by_hand(inside: bool) -> None:
     for step in range(10):
         # The rate drops in between: that is where the two ways differ.
         rate, first_rate = (0.01, 0.01) if step < 4 else (0.001, 0.0)
-        set_rates(optimizer, Phase(rate=rate, first_rate=first_rate, color_noise=0))
+        now = Phase(rate=rate, first_rate=first_rate, color_noise=0, bias_rate=bias_rate)
+        set_rates(optimizer, now)
         for name, parameter in network.named_parameters():
             gradient = generator.normal(size=weights[name].shape)
             parameter.grad = torch.from_numpy(gradient)
             epsilon = first_rate if name.startswith("conv1.") else rate
             decay = 0.05
             if name.endswith(".bias"):
-                epsilon, decay = 2 * epsilon, 0.0
+                held = bias_rate is not None and epsilon > 0
+                epsilon, decay = 2 * (0.02 if held else epsilon), 0.0
             if epsilon == 0:
                 continue  # frozen, and its velocity with it
             if inside:
@@ -109,6 +112,28 @@ def test_run_145_at_its_own_length() -> None:
         for step in (epoch * 10, epoch * 10 + 9):
             now = phase(Recipe(), step, 910)
             assert (now.rate, now.first_rate, now.color_noise) == pytest.approx((rate, first_rate, noise))
+
+
+def test_run_145_leaves_the_biases_their_rate_until_their_layer_is_frozen() -> None:
+    """`layer-params-145.cfg` as it ended: epsB .02 everywhere beside epsW 1e-5, but 0 and 0 in conv1."""
+    network = make(SMALL)
+    rates: dict[tuple[bool, float], dict[bool, float]] = {}
+    for drops in (False, True):
+        recipe = dataclasses.replace(SMALL, bias_rate_drops=drops)
+        for epoch in (0, 51, 90):
+            optimizer = make_optimizer(network, recipe)
+            set_rates(optimizer, phase(recipe, epoch, 91))
+            for name, layer in (("conv1", network.conv1), ("fc7", network.fc7)):
+                assert layer.bias is not None
+                (rate,) = (
+                    group["rate"]
+                    for group in optimizer.param_groups
+                    if any(parameter is layer.bias for parameter in group["params"])
+                )
+                rates.setdefault((drops, epoch), {})[name == "conv1"] = rate
+    assert [rates[False, epoch][False] for epoch in (0, 51, 90)] == pytest.approx([0.02, 0.02, 0.02])
+    assert [rates[False, epoch][True] for epoch in (0, 51, 90)] == pytest.approx([0.02, 0.02, 0.0])
+    assert [rates[True, epoch][False] for epoch in (0, 51, 90)] == pytest.approx([0.02, 2e-4, 2e-5])
 
 
 def test_run_145_scales_to_short_runs() -> None:

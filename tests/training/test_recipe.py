@@ -65,10 +65,11 @@ def test_the_norm_within_maps_is_2012s_and_goes_where_it_can() -> None:
         make_recipe("modern", {"within_map_norm": "yes"})
 
 
-def test_a_record_from_before_the_norm_within_maps_is_of_a_run_without() -> None:
+def test_a_record_from_before_a_field_is_of_a_run_that_did_what_was_done_then() -> None:
     fields = Recipe().to_json()
-    del fields["within_map_norm"]
-    assert not make_recipe("2012", recorded(fields)).within_map_norm
+    del fields["within_map_norm"], fields["bias_rate_drops"]
+    before = make_recipe("2012", recorded(fields))
+    assert (before.within_map_norm, before.bias_rate_drops) == (False, True)
     assert make_recipe("2012", recorded(Recipe().to_json())) == Recipe()
 
 

@@ -96,6 +96,7 @@ def make_optimizer(network: AlexNet, recipe: Recipe) -> MomentumSGD:
             {
                 "params": parameters,
                 "first": first,
+                "vector": vector,
                 "factor": (recipe.bias_rate_factor if vector else 1.0) * layer_rate,
                 "decay": 0.0 if vector and not recipe.decay_biases else recipe.weight_decay,
             }
@@ -118,4 +119,7 @@ def layer_of(parameter: str) -> str:
 def set_rates(optimizer: MomentumSGD, phase: Phase) -> None:
     """Give every group its rate for the coming step."""
     for group in optimizer.param_groups:
-        group["rate"] = (phase.first_rate if group["first"] else phase.rate) * group["factor"]
+        rate = phase.first_rate if group["first"] else phase.rate
+        if group["vector"] and phase.bias_rate is not None and rate > 0:
+            rate = phase.bias_rate
+        group["rate"] = rate * group["factor"]

@@ -96,6 +96,9 @@ class Recipe:
     """Learning rate of the weights at its highest (paper section 5)."""
     bias_rate_factor: float = 2.0
     """Biases learn at this multiple of the rate (code: .02 against .01)."""
+    bias_rate_drops: bool = False
+    """With `run-145`: whether the biases' rate drops with the weights', as the paper's one rate for all does, or stays until
+    their layer is frozen (code: `layer-params-145.cfg` ends with epsB .02 beside epsW 1e-5)."""
     layer_rates: str = ""
     """Factors on the rates of layers, as `conv=0.1,fc8=2`: a layer, or the start of several names; 0 freezes. Empty in
     2012. A frozen layer's batch norm keeps gathering statistics."""
@@ -108,8 +111,8 @@ class Recipe:
     decay_biases: bool = False
     """Whether biases (and batch norm's parameters) decay too; not in the code."""
     schedule: Literal["run-145", "cosine", "constant"] = "run-145"
-    """`run-145` (code): rate x1, x.1 at epoch 25, x.01 at 51, conv1 x.001 and colour noise off at 67, conv1 frozen at
-    72, x.001 at 79, stop at 91, all scaled to `epochs`. `cosine`: to zero after a linear warm-up."""
+    """`run-145` (code): weights' rate x1, x.1 at epoch 25, x.01 at 51, conv1 x.001 and colour noise off at 67, conv1 frozen
+    at 72, x.001 at 79, stop at 91, all scaled to `epochs`. `cosine`: to zero after a linear warm-up."""
     warmup_epochs: float = 0.0
     """Epochs over which the rate rises linearly from zero; 0 in 2012."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -220,6 +223,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         batch_size=256,
         rate=0.02,
         bias_rate_factor=1.0,
+        bias_rate_drops=True,
         rate_inside_velocity=False,
         schedule="cosine",
         warmup_epochs=2.0,
@@ -279,8 +283,8 @@ def make_recipe(name: str, overrides: Mapping[str, object]) -> Recipe:
     return dataclasses.replace(base, **changes)
 
 
-_BEFORE: Final[Mapping[str, Json]] = {"within_map_norm": False}
-"""What was done before there was a field for it; all others did what is now their default."""
+_BEFORE: Final[Mapping[str, Json]] = {"within_map_norm": False, "bias_rate_drops": True}
+"""What was done before there was a field for it; where no field is named here, its default."""
 
 
 def recorded(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,13 @@ class Phase:
     """What holds at one step."""
 
     rate: float
-    """Learning rate of all layers but conv1."""
+    """Learning rate of the weights of all layers but conv1."""
     first_rate: float
-    """Learning rate of conv1; at 0 it is frozen."""
+    """Learning rate of conv1's weights; at 0 conv1 is frozen."""
     color_noise: float
     """Standard deviation of the colour noise, as `Recipe.color_noise`."""
+    bias_rate: float | None = None
+    """Learning rate of the biases of layers that are not frozen, before `Recipe.bias_rate_factor`; None: their weights'."""
 
 
 _RUN_145: Final = (
@@ -28,7 +30,7 @@ _RUN_145: Final = (
     (25, 1e-1, 1e-1, True),
     (0, 1.0, 1.0, True),
 )
-"""cuda-convnet's run 145, `layer-params-145*.cfg`: rate .01, .001, 1e-4 (conv1: 1e-5, then 0), 1e-5."""
+"""cuda-convnet's run 145, the notes in `layer-params-145.cfg`: epsW .01, .001, 1e-4 (conv1: 1e-5, then 0), 1e-5."""
 _RUN_145_EPOCHS: Final = 91
 
 
@@ -45,6 +47,10 @@ def phase(recipe: Recipe, step: int, steps: int) -> Phase:
         rate = first = recipe.rate * (1 + math.cos(math.pi * step / steps)) / 2
     warmup_steps = recipe.warmup_epochs / recipe.epochs * steps
     warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    held = recipe.schedule == "run-145" and not recipe.bias_rate_drops
     return Phase(
-        rate=rate * warmth, first_rate=first * warmth, color_noise=recipe.color_noise if noisy else 0.0
+        rate=rate * warmth,
+        first_rate=first * warmth,
+        color_noise=recipe.color_noise if noisy else 0.0,
+        bias_rate=recipe.rate * warmth if held else None,
     )
