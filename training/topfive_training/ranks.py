@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from topfive.allocator import keep_large_buffers
 from topfive.errors import TopfiveError
@@ -154,12 +156,31 @@ def joined(rank: int, size: int, local_rank: int, local_size: int, store: Store 
 
 
 def under_torchrun(body: Callable[[Ranks], int]) -> int:
-    """Run `body` as the rank that the environment says; returns its result."""
+    """Run `body` as the rank that the environment says; returns its result.
+
+    A failure is recorded for torchrun, whose summary then begins with the error of the rank that failed first, and ends
+    this process at once: what waits for the dead must not hold it.
+    """
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
+    elastic = get_error_handler()
+    elastic.initialize()
     with joined(rank, size, local_rank, local_size, store=None) as ranks:
-        return body(ranks)
+        try:
+            return body(ranks)
+        except Exception as error:
+            whose = f"rank {rank} of {size} on {socket.gethostname()}"
+            secondary, text = _failure(error, whose)
+            if secondary:
+                # torchrun puts first what has failed first, and looks ten times a second: let it find the other's end.
+                time.sleep(_GRACE_S)
+            elastic.record_exception(error)
+            if os.environ.get("TOPFIVE_DEBUG"):
+                raise
+            sys.stderr.write(f"topfive: {text if whose in text else f'{whose}: {text}'}\n")
+            sys.stderr.flush()
+            os._exit(getattr(error, "exit_code", 1))
 
 
 def launch(processes: int, body: Callable[..., int], *arguments: Any) -> int:
@@ -206,12 +227,7 @@ def _child(place: _Place, report: Connection, body: Callable[..., int], argument
         with joined(place.rank, place.size, place.rank, place.size, store) as ranks:
             status = body(ranks, *arguments)
     except Exception as error:
-        # A sentence for the user stands alone. What a rank sees when another has died is a consequence: RuntimeError,
-        # from a collective; the other's own error is the one to show.
-        for_users = isinstance(error, TopfiveError | ValueError)
-        secondary = isinstance(error, RuntimeError) and not for_users
-        text = str(error) if for_users else f"rank {place.rank} of {place.size} failed: {_described(error)}"
-        report.send((secondary, text))
+        report.send(_failure(error, f"rank {place.rank} of {place.size}"))
         if os.environ.get("TOPFIVE_DEBUG"):
             raise
         # Without clean-up: a collective that waits for the dead would hang it.
@@ -220,8 +236,14 @@ def _child(place: _Place, report: Connection, body: Callable[..., int], argument
     os._exit(status)
 
 
-def _described(error: Exception) -> str:
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+def _failure(error: Exception, whose: str) -> tuple[bool, str]:
+    """Whether it is a consequence of another rank's end; and what to say of it."""
+    # A sentence for the user stands alone. What a rank sees when another has died is a consequence: RuntimeError, from a
+    # collective; the other's own error is the one to show.
+    if isinstance(error, TopfiveError | ValueError):
+        return False, str(error)
+    described = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return isinstance(error, RuntimeError), f"{whose} failed: {described}"
 
 
 def _end_with_parent() -> None:
