@@ -1,11 +1,10 @@
 """How a training run on a processor best shares its cores: one process with all of them, or several with one each.
 
-    python benchmarks/processes.py DATA [--processes 1 2] [--rounds 3] [-- --width 0.25 --crop 196 --short-side 224]
+    python benchmarks/processes.py DATA [--processes 1 2] [--rounds 3] [--train-flags '--width 0.25 --epochs 1']
 
-DATA is what `topfive train` takes; what follows `--` are more of its flags. Each way is trained for a few epochs by
-`topfive train` itself, with the allocator as topfive sets it and as glibc has it; the ways take turns, and the median
-over the rounds of the pace in the last epoch is printed with the lowest and the highest, beside the processor time of
-the kernel (page faults, mostly) as a share of all.
+DATA is what `topfive train` takes. Each way is trained for a few epochs by `topfive train` itself, with the allocator as
+topfive sets it and as glibc has it. The ways take turns; printed are the median, the lowest and the highest of the rounds'
+pace in the last epoch, and the kernel's share of the processor time (page faults, mostly).
 """
 
 import argparse
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("flags", nargs="*", help="of topfive train, after --")
+    parser.add_argument("--train-flags", default="", help="more flags of `topfive train`: '--width 0.25'")
     arguments = parser.parse_args()
     ways = [
         (processes, allocator, environment)
@@ -61,7 +60,7 @@ def main() -> None:
     for number in range(arguments.rounds):
         for processes, allocator, environment in ways if number % 2 == 0 else reversed(ways):
             found.setdefault((processes, allocator), []).append(
-                pace(arguments.data, arguments.flags, processes, environment)
+                pace(arguments.data, arguments.train_flags.split(), processes, environment)
             )
     table = Table("processes", "allocator", "images/s, median (lowest-highest)", "kernel's time")
     for (processes, allocator), rounds in found.items():
@@ -76,7 +75,7 @@ def main() -> None:
     console.print(table)
     console.print(
         f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"n = {arguments.rounds} rounds, topfive train {arguments.data} {' '.join(arguments.flags)}"
+        f"n = {arguments.rounds} rounds, topfive train {arguments.data} {arguments.train_flags}"
     )
 
 
