@@ -73,6 +73,13 @@ def test_a_record_from_before_a_field_is_of_a_run_that_did_what_was_done_then() 
     assert make_recipe("2012", recorded(Recipe().to_json())) == Recipe()
 
 
+def test_modern_raises_its_rate_with_a_larger_batch_and_2012_keeps_what_was_published() -> None:
+    assert make_recipe("modern", {"batch-size": "2048"}).rate == pytest.approx(0.16)
+    assert make_recipe("modern", {"batch-size": "64"}).rate == 0.02
+    assert make_recipe("modern", {"batch-size": "2048", "rate": "0.1"}).rate == 0.1
+    assert make_recipe("2012", {"batch-size": "2048"}).rate == 0.01
+
+
 def test_every_field_says_what_it_does() -> None:
     texts = field_documentation()
     assert texts.keys() == {field.name for field in dataclasses.fields(Recipe)}

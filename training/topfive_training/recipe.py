@@ -91,7 +91,7 @@ class Recipe:
     epochs: int = 91
     """Passes over the training images (code; the paper says roughly 90)."""
     batch_size: int = 128
-    """Images per step, over all ranks together (paper section 5)."""
+    """Images per step, over all ranks together (paper section 5). `modern` raises its rate with a larger one, unless --rate is given."""
     rate: float = 0.01
     """Learning rate of the weights at its highest (paper section 5)."""
     bias_rate_factor: float = 2.0
@@ -256,7 +256,8 @@ def make_recipe(name: str, overrides: Mapping[str, object]) -> Recipe:
     """The named recipe with fields changed; text values, as a command line gives them, are parsed.
 
     Choosing `architecture=alexnet-2014` brings that network's normalisation, dropout and crop, unless given too; another
-    architecture or normalisation than that of 2012 is without its norm within maps.
+    architecture or normalisation than that of 2012 is without its norm within maps. `modern` raises its rate with a
+    larger batch, unless the rate is given too.
 
     Raises:
         RecipeError: an unknown recipe or field (with the nearest name), or a value out of range.
@@ -278,6 +279,10 @@ def make_recipe(name: str, overrides: Mapping[str, object]) -> Recipe:
     network = {name: changes.get(name, getattr(base, name)) for name in ("architecture", "normalization")}
     if network != {"architecture": "alexnet-2012", "normalization": "lrn"}:
         changes.setdefault("within_map_norm", False)
+    if name == "modern" and "batch_size" in changes and "rate" not in changes:
+        # So many times the images, so many times the rate, after a warm-up (Goyal et al. 2017). Smaller batches are for
+        # little data, of which there are few steps: they keep the rate.
+        changes["rate"] = base.rate * max(1, changes["batch_size"] / base.batch_size)
     if "epochs" in changes and "warmup_epochs" not in changes:
         changes["warmup_epochs"] = min(base.warmup_epochs, changes["epochs"] / 4)
     return dataclasses.replace(base, **changes)
