@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from topfive.allocator import keep_large_buffers
 from topfive.model_spec import Preprocessing
 from topfive_training.batches import Batch, training_batches
 from topfive_training.dataset import scan
@@ -88,6 +89,7 @@ def share_waiting(squares: Squares, recipe: Recipe, workers: int, classes: int) 
 
 def main() -> None:
     """Measure every kind of storage with every number of workers, and print."""
+    keep_large_buffers()  # as topfive train does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from topfive.allocator import keep_large_buffers
 from topfive.model_spec import ModelSpec, Preprocessing
 from topfive_training.batches import Batch, training_batches
 from topfive_training.checkpoint import Classifier
@@ -305,6 +306,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Measure all that was asked for, and print."""
+    keep_large_buffers()  # as topfive train does
     arguments = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = machine(device)

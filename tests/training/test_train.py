@@ -17,7 +17,7 @@ from tests.training.train_runs import environment, paint_photographs, run, train
 from torch import Tensor
 
 from topfive.cli import main
-from topfive_training.checkpoint import load_model, load_tensors
+from topfive_training.checkpoint import load_model, load_tensors, save_tensors
 from topfive_training.initialization import initialize
 from topfive_training.journal import Journal
 from topfive_training.network import AlexNet
@@ -312,3 +312,20 @@ def test_a_finished_run_resumes_to_nothing(photographs: Path, whole: Path, tmp_p
     status = main(train_words(photographs, out, "--resume"))
     assert status == 0
     assert_same_bits(weights(out), weights(whole))
+
+
+def test_a_run_from_before_two_decisions_were_fields_goes_on_as_it_began(
+    photographs: Path, tmp_path: Path
+) -> None:
+    """A state saved by a program without `within_map_norm` and `bias_rate_drops` is of a run without the one, with the other."""
+    out = tmp_path / "run"
+    words = train_words(photographs, out, "--epochs", "1")
+    assert main([*words, "--within-map-norm", "false", "--bias-rate-drops", "true"]) == 0
+    tensors, metadata = load_tensors(out / STATE)
+    state, spec = json.loads(metadata["state"]), json.loads(metadata["spec"])
+    for record in (state["recipe"], spec["recipe"]):
+        del record["within_map_norm"], record["bias_rate_drops"]
+    del spec["architecture"]["within_map_norm"]
+    save_tensors(out / STATE, tensors, {"state": json.dumps(state), "spec": json.dumps(spec)})
+    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--resume", "--within-map-norm", "true"]) == 2

@@ -91,7 +91,8 @@ class Recipe:
     epochs: int = 91
     """Passes over the training images (code; the paper says roughly 90)."""
     batch_size: int = 128
-    """Images per step, over all ranks together (paper section 5). `modern` raises its rate with a larger one, unless --rate is given."""
+    """Images per step, over all ranks together (paper section 5). With `modern` a larger one raises the rate, unless that
+    is given too."""
     rate: float = 0.01
     """Learning rate of the weights at its highest (paper section 5)."""
     bias_rate_factor: float = 2.0
