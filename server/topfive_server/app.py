@@ -40,8 +40,8 @@ from topfive_server.models import Models
 from topfive_server.oip import PREFIX, OpenInference
 from topfive_server.openapi import describe_api
 from topfive_server.receive import Receive
-from topfive_server.reload import Reloader
 from topfive_server.stages import slowest
+from topfive_server.whole import Alone, Whole
 
 if TYPE_CHECKING:
     from topfive_server.traces import Traces
@@ -63,10 +63,11 @@ class Application:
         models: Models,
         pool: DecodePool,
         metrics: Metrics,
-        reloader: Reloader | None = None,
+        reloader: admin.Operator | None = None,
         traces: "Traces | None" = None,
+        whole: Whole | None = None,
     ) -> None:
-        """`reloader` opens the admin routes; without `traces` none are made."""
+        """`reloader` opens the admin routes; without `traces` none are made; `whole` speaks for several processes."""
         self.config = config
         self.models = models
         self.metrics = metrics
@@ -76,6 +77,7 @@ class Application:
         """Requests that were still under way when the drain time was over."""
         self.reloader = reloader
         self._traces = traces
+        self.whole: Whole = whole or Alone(self)
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
         self._oip = OpenInference(
@@ -83,7 +85,7 @@ class Application:
             models=models,
             pool=pool,
             admission=self.admission,
-            draining=lambda: self.draining,
+            healthy=self.whole.healthy,
         )
         self._rest = make_fastapi(self)
         metrics.add_gauges(self._gauges)
@@ -119,8 +121,10 @@ class Application:
         finally:
             self._account(exchange)
 
-    async def start_grpc(self, port: int) -> tuple[Any, int]:
+    async def start_grpc(self, port: int, *, shared: bool = False) -> tuple[Any, int]:
         """Offer Triton's protocol over gRPC, too; returns the server, to be stopped by the caller, and its port.
+
+        `shared`: other processes listen on the same port.
 
         Raises:
             OSError: the port cannot be had.
@@ -136,7 +140,7 @@ class Application:
             rest=self._oip,
             traces=self._traces,
         )
-        return await start_grpc(service, self.config, port)
+        return await start_grpc(service, self.config, port, shared=shared)
 
     def begin_drain(self) -> None:
         """Say no to `/readyz`, and ask every client to reconnect (elsewhere)."""
@@ -209,6 +213,7 @@ class Application:
 
     def _gauges(self) -> Iterable[Metric]:
         """What is read at the time of a scrape."""
+        yield gauge("topfive_workers", "Server processes that serve.", 1)
         yield gauge("topfive_inflight_images", "Images accepted and not answered yet.", self.admission.images)
         yield gauge("topfive_inflight_bytes", "Bytes of request bodies in memory.", self.admission.bytes)
         depth = GaugeMetricFamily(
@@ -266,7 +271,7 @@ def make_fastapi(application: Application) -> FastAPI:
 
     @api.get("/metrics", tags=["probes"], summary="Metrics in Prometheus' text format")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(application.metrics.render(), media_type=CONTENT_TYPE)
+        return PlainTextResponse(await application.whole.metrics(), media_type=CONTENT_TYPE)
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:
@@ -329,21 +334,6 @@ def describe(models: Models, model: Any) -> MutableMapping[str, Any]:
 
 async def answer_ready(application: Application) -> JSONResponse:
     """`/readyz`: 200 when every model version answers, 503 with the reasons when one does not, or in the drain."""
-    rows = []
-    everything = not application.draining and any(True for _ in application.models)
-    for model in list(application.models):
-        ready = await model.ready()
-        everything = everything and ready
-        rows.append(
-            {
-                "name": model.info.name,
-                "version": model.info.version,
-                "ready": ready,
-                "reason": model.health.reason,
-                "provider": model.info.provider,
-                "device": model.info.device,
-            }
-        )
-    body = {"ready": everything, "draining": application.draining, "models": rows}
-    headers = {} if everything else {"Retry-After": "1"}
-    return JSONResponse(body, status_code=200 if everything else 503, headers=headers)
+    body = await application.whole.readiness()
+    headers = {} if body["ready"] else {"Retry-After": "1"}
+    return JSONResponse(body, status_code=200 if body["ready"] else 503, headers=headers)

@@ -5,9 +5,8 @@ import contextlib
 import logging
 import resource
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -16,22 +15,17 @@ from topfive_server import logs
 from topfive_server.app import Application
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
-from topfive_server.devices import Device, DeviceError, resolve_all
-from topfive_server.lifecycle import Server, listen
+from topfive_server.devices import DeviceError
+from topfive_server.lifecycle import EXIT_LOST, Server, listen, offered_over_grpc, url_of
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
+from topfive_server.parent import run_processes
 from topfive_server.reload import Reloader, ReloadPolicy
-from topfive_server.serving import EngineMaker, Loader, StartError, onnx_engines
+from topfive_server.serving import Loader, Offer, StartError, computing, make_traces
 from topfive_server.session import RuntimeOptions
-from topfive_server.variants import Wanted
-
-if TYPE_CHECKING:
-    from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
 
-EXIT_LOST = 1
-"""The drain time was over before the last request was answered."""
 _DEFAULT_CONFIG = ServerConfig()
 _DEFAULT_RUNTIME = RuntimeOptions()
 
@@ -60,6 +54,8 @@ def serve(
         raise StartError(_why_not_listening(config, error)) from error
     _allow_many_connections()
     with listener, asyncio.Runner(loop_factory=_event_loop()) as runner:
+        if config.processes > 1:
+            return runner.run(run_processes(models, config, runtime, listener))
         return runner.run(run(models, config, runtime, listener))
 
 
@@ -78,18 +74,10 @@ async def run(
     log.info("device", extra={"device": str(device), "reason": device.reason})
     pool = DecodePool(threads=config.resolved_decode_threads, max_pixels=config.max_pixels)
     models, metrics = Models(config.model), Metrics()
-    loader = Loader(
-        models_folder,
-        engines=engines,
-        device=device,
-        variant=variant,
-        config=config,
-        models=models,
-        pool=pool,
-        metrics=metrics,
-    )
+    offer = Offer(models_folder, device=device, variant=variant, config=config)
+    loader = Loader(engines=engines, config=config, models=models, pool=pool, metrics=metrics)
     reloader = Reloader(
-        find=loader.find,
+        find=offer.find,
         load=loader.load,
         models=models,
         policy=ReloadPolicy(keep=config.versions, canary_share=config.canary_percent / 100),
@@ -106,15 +94,13 @@ async def run(
             reloader=reloader if config.admin else None,
             traces=traces,
         )
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        url = f"{'https' if config.tls_certificate else 'http'}://{shown}:{port}"
+        url = url_of(listener, config)
         server = Server(
             application,
             config,
             on_listening=lambda: log.info("serving", extra={"url": url, "model": models.default_name()}),
         )
-        for version in await loader.start():
+        for version in await offer.start(loader.load, models.names):
             reloader.adopt(version)
         if config.watch:
             watch = asyncio.create_task(reloader.watch(config.watch_interval_s))
@@ -131,65 +117,6 @@ async def run(
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(model.close(), 5)
         pool.close()
-
-
-@contextlib.asynccontextmanager
-async def offered_over_grpc(application: Application, config: ServerConfig) -> AsyncIterator[None]:
-    """Triton's protocol over gRPC beside HTTP, where `grpc_port` asks for it.
-
-    Raises:
-        StartError: the port cannot be had.
-    """
-    if config.grpc_port is None:
-        yield
-        return
-    try:
-        server, port = await application.start_grpc(config.grpc_port)
-    except OSError as error:
-        raise StartError(str(error)) from error
-    log.info("serving gRPC", extra={"address": f"{config.host}:{port}"})
-    try:
-        yield
-    finally:
-        # New calls are refused since HTTP's listener closed; those under way are answered.
-        await server.stop(config.drain_timeout_s)
-
-
-def make_traces() -> "Traces":
-    """Sends traces to where the environment says.
-
-    Raises:
-        StartError: the extra is missing, or the environment makes no sense.
-    """
-    try:
-        from topfive_server.traces import Traces  # noqa: PLC0415  an extra of its own
-    except ModuleNotFoundError as error:
-        raise StartError(
-            f"--traces needs {error.name}, which is not installed: pip install 'topfive[telemetry]'"
-        ) from error
-    try:
-        return Traces()
-    except ValueError as error:
-        raise StartError(str(error)) from error
-
-
-def computing(config: ServerConfig, runtime: RuntimeOptions) -> tuple[Device, EngineMaker, Wanted]:
-    """What computes: this process's device, or a fleet of Triton servers.
-
-    Raises:
-        DeviceError: the device cannot be used.
-        ValueError: an endpoint is not host:port.
-    """
-    if not runtime.triton:
-        devices = resolve_all(config.device)
-        return devices[0], onnx_engines(devices, runtime), runtime.variant
-    from topfive_server.triton_engine import TritonOptions, triton_engines  # noqa: PLC0415  an extra of its own
-
-    fleet = ", ".join(runtime.triton)
-    # What the fleet's devices are is not known here, so the one graph that runs everywhere is the default.
-    variant = "fp32" if runtime.variant == "auto" else runtime.variant
-    device = Device(kind="cpu", reason=f"Triton servers compute: {fleet}")
-    return device, triton_engines(TritonOptions(endpoints=runtime.triton)), variant
 
 
 def _event_loop() -> type[asyncio.AbstractEventLoop]:

@@ -21,6 +21,8 @@ class ServerConfig:
     """Port to listen on; 0 takes a free one and says which."""
     grpc_port: int | None = None
     """Port for Triton's gRPC protocol, 0 for a free one; none: not offered. Needs the `triton` extra."""
+    processes: int = 1
+    """Processes that serve; more where one event loop is the bound. Threads and queue limits are divided among them."""
 
     device: str = "auto"
     """What computes: `auto` (the GPUs where there are any, else the CPU), `cpu`, `cuda` (all GPUs) or `cuda:1` (one)."""
@@ -92,6 +94,7 @@ class ServerConfig:
         self._within("port", 0, 65535)
         if self.grpc_port is not None:
             self._within("grpc_port", 0, 65535)
+        self._within("processes", 1, 1024)
         self._within("versions", 1, 1000)
         self._within("decode_threads", 0, 4096)
         self._within("canary_percent", 0, 99)
@@ -124,10 +127,21 @@ class ServerConfig:
                 f"max_images is {self.max_images}; it must be at most max_queue_images ({self.max_queue_images}), "
                 "or the largest allowed request could never be admitted"
             )
+        if self.processes > 1:
+            self._room_in_each_process()
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; give both or neither")
         if self.admin and self.api_keys is None:
             raise ValueError("admin is true without api_keys; the admin routes open only to a key")
+
+    def _room_in_each_process(self) -> None:
+        for limit, largest in (("max_queue_images", "max_images"), ("max_queue_bytes", "max_body_bytes")):
+            total, needed = getattr(self, limit), getattr(self, largest)
+            if total // self.processes < needed:
+                raise ValueError(
+                    f"{limit} is {total}, which leaves each of the {self.processes} processes less than {largest} "
+                    f"({needed}); raise {limit} to {needed * self.processes} or lower {largest}"
+                )
 
     def _within(self, field: str, low: float, high: float) -> None:
         value = getattr(self, field)

@@ -12,16 +12,21 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from time import monotonic
+from typing import Final
 
 import uvicorn
 
 from topfive_server.app import Application
 from topfive_server.config import ServerConfig
 from topfive_server.http_protocol import GuardedProtocol, guarded
+from topfive_server.serving import StartError
 
 log = logging.getLogger(__name__)
+
+EXIT_LOST: Final = 1
+"""Exit status: requests were cut off, because the drain time was over before they were answered."""
 
 
 class Server(uvicorn.Server):
@@ -33,12 +38,13 @@ class Server(uvicorn.Server):
         config: ServerConfig,
         *,
         on_listening: Callable[[], None] = lambda: None,
+        protocol: type[GuardedProtocol] | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 application,
                 loop="none",  # the caller's
-                http=guarded(config),
+                http=protocol or guarded(config),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -97,16 +103,23 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the listener without resetting the connections that the kernel has accepted in our name."""
-        loop = asyncio.get_running_loop()
-        adopted = [connection for listener in sockets or [] for connection in _accept_all(listener)]
+        adopted = [connection for listener in sockets or [] for connection in accept_all(listener)]
         for server in self.servers:
             server.close()
         for listener in sockets or []:
             listener.close()
         for connection in adopted:
-            with contextlib.suppress(OSError):  # its client has left, or its TLS handshake failed
-                await loop.connect_accepted_socket(self._make_protocol, connection, ssl=self.config.ssl)
+            await self.adopt(connection)
         await super().shutdown(sockets)
+
+    async def adopt(self, connection: socket.socket) -> bool:
+        """Serve a connection that was accepted elsewhere; whether it still lived."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(self._make_protocol, connection, ssl=self.config.ssl)
+        except OSError:  # its client has left, or its TLS handshake failed
+            return False
+        return True
 
     @property
     def lost_requests(self) -> bool:
@@ -125,7 +138,31 @@ class Server(uvicorn.Server):
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
-def _accept_all(listener: socket.socket) -> list[socket.socket]:
+@contextlib.asynccontextmanager
+async def offered_over_grpc(
+    application: Application, config: ServerConfig, *, shared: bool = False
+) -> AsyncIterator[None]:
+    """Triton's protocol over gRPC beside HTTP, where `grpc_port` asks for it.
+
+    Raises:
+        StartError: the port cannot be had.
+    """
+    if config.grpc_port is None:
+        yield
+        return
+    try:
+        server, port = await application.start_grpc(config.grpc_port, shared=shared)
+    except OSError as error:
+        raise StartError(str(error)) from error
+    log.info("serving gRPC", extra={"address": f"{config.host}:{port}"})
+    try:
+        yield
+    finally:
+        # New calls are refused since HTTP's listener closed; those under way are answered.
+        await server.stop(config.drain_timeout_s)
+
+
+def accept_all(listener: socket.socket) -> list[socket.socket]:
     """The connections that wait to be accepted."""
     accepted = []
     with contextlib.suppress(OSError):  # BlockingIOError: there is no more
@@ -156,3 +193,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise
     listener.setblocking(False)
     return listener
+
+
+def url_of(listener: socket.socket, config: ServerConfig) -> str:
+    """Where a bound listener is reached."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if config.tls_certificate else 'http'}://{shown}:{port}"

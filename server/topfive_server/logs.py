@@ -6,6 +6,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Final, Literal, TextIO
 
 REQUESTS: Final = "topfive_server.requests"
@@ -25,6 +26,11 @@ def request_id(sent: bytes | None) -> str:
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: `time`, `level`, `logger`, `message`, then what was given as `extra`."""
 
+    def __init__(self, common: Mapping[str, Any] | None = None) -> None:
+        """`common` is said in every line."""
+        super().__init__()
+        self._common = dict(common or {})
+
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
         line: dict[str, Any] = {
@@ -32,6 +38,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._common,
         }
         line.update(_fields(record))
         if record.exc_info:
@@ -42,9 +49,13 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """The same for people."""
 
+    def __init__(self, common: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self._common = dict(common or {})
+
     def format(self, record: logging.LogRecord) -> str:
         """One line, and a traceback where there is one."""
-        extra = " ".join(f"{key}={value}" for key, value in _fields(record).items())
+        extra = " ".join(f"{key}={value}" for key, value in {**self._common, **_fields(record)}.items())
         text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.getMessage()}"
         text = f"{text}  {extra}" if extra else text
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
@@ -57,10 +68,12 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {key: value for key, value in vars(record).items() if key not in _STANDARD}
 
 
-def configure(form: Literal["json", "text"], stream: TextIO | None = None) -> None:
-    """Send everything to one stream (stderr), in one form."""
+def configure(
+    form: Literal["json", "text"], stream: TextIO | None = None, common: Mapping[str, Any] | None = None
+) -> None:
+    """Send everything to one stream (stderr), in one form; `common` fields are said in every line."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(common) if form == "json" else TextFormatter(common))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -101,6 +101,12 @@ class Metrics:
             ["result"],
             registry=r,
         )
+        self.worker_restarts = Counter(
+            "topfive_worker_restarts",
+            "Attempts to start a server process again that had ended, by result.",
+            ["result"],
+            registry=r,
+        )
         build = Gauge(
             "topfive_build_info", "Always 1; the labels tell the version.", ["version", "python"], registry=r
         )

@@ -8,7 +8,7 @@ client sends the decoded square. Not offered: `features`, shared memory, loading
 import json
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -84,16 +84,16 @@ class OpenInference:
         models: Models,
         pool: DecodePool,
         admission: Admission,
-        draining: Callable[[], bool],
+        healthy: Callable[[], Awaitable[bool]],
     ) -> None:
-        """`draining` tells whether the server is shutting down: `/v2/health/ready` then says no."""
+        """`healthy` is what `/v2/health/ready` says."""
         self.refusing = False
         """Set when the listener has closed; what still arrives is refused."""
         self._config = config
         self._models = models
         self._pool = pool
         self._admission = admission
-        self.draining = draining
+        self.healthy = healthy
         self.statistics: dict[tuple[str, str], Statistics] = {}
         """By model and version; the gRPC side counts here, too."""
 
@@ -135,9 +135,7 @@ class OpenInference:
             return _Reply.json({"name": "topfive", "version": __version__, "extensions": list(EXTENSIONS)})
         if path in {"/v2/health/live", "/v2/health/ready"}:
             exchange.route = path
-            live = path.endswith("live") or (
-                not self.draining() and all(m.health.ready for m in self._models)
-            )
+            live = path.endswith("live") or await self.healthy()
             return _Reply(status=200 if live else 503, type="text/plain")
         raise ProtocolError("Not Found", 404)
 

@@ -77,8 +77,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Whether every model is ready, and the server is not shutting down."""
-        ready = not self._rest.draining() and all(model.health.ready for model in self._models)
-        return service_pb2.ServerReadyResponse(ready=ready)
+        return service_pb2.ServerReadyResponse(ready=await self._rest.healthy())
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Whether a model version is ready; an unknown one is not."""
@@ -268,14 +267,21 @@ def _parameters(parameters: Any) -> dict[str, Any]:
     }
 
 
-async def start_grpc(service: GrpcInference, config: ServerConfig, port: int) -> tuple[Any, int]:
+async def start_grpc(
+    service: GrpcInference, config: ServerConfig, port: int, *, shared: bool = False
+) -> tuple[Any, int]:
     """Listen on `port` of the server's host (0 takes a free one); returns the server and its port.
+
+    `shared`: other processes listen there, too, and the kernel deals the connections out.
 
     Raises:
         OSError: the port cannot be had, or the certificate not be read.
     """
     server = grpc.aio.server(
-        options=[("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 0)]
+        options=[
+            ("grpc.max_receive_message_length", config.max_body_bytes),
+            ("grpc.so_reuseport", int(shared)),
+        ]
     )
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
     host = f"[{config.host}]" if ":" in config.host else config.host

@@ -208,6 +208,10 @@ class Reloader:
                 canary.share = share
         return self.status()
 
+    async def report(self) -> list[dict[str, Any]]:
+        """`status`, for callers that may have to ask another process."""
+        return self.status()
+
     def status(self) -> list[dict[str, Any]]:
         """Every version in service or refused: `{model, version, state, share, reason}`."""
         rows: list[dict[str, Any]] = []

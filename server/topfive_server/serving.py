@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from topfive.errors import TopfiveError
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
-from topfive_server.devices import Device, DeviceError
+from topfive_server.devices import Device, DeviceError, resolve_all
 from topfive_server.engine import Engine, EngineError
 from topfive_server.errors import RequestError
 from topfive_server.many_engines import ManyEngines
@@ -21,6 +22,9 @@ from topfive_server.repository import ModelVersion, Repository, RepositoryError
 from topfive_server.served_model import EngineFactory, ServedModel
 from topfive_server.session import RuntimeOptions
 from topfive_server.variants import Choice, Wanted
+
+if TYPE_CHECKING:
+    from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -44,32 +48,58 @@ def onnx_engines(devices: Sequence[Device], runtime: RuntimeOptions) -> EngineMa
     return for_version
 
 
-class Loader:
-    """Brings the versions of a folder into service."""
+def computing(
+    config: ServerConfig, runtime: RuntimeOptions, devices: Sequence[Device] | None = None
+) -> tuple[Device, EngineMaker, Wanted]:
+    """What computes: this process's devices (those of `config.device`, or the given), or a fleet of Triton servers.
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        engines: EngineMaker,
-        device: Device,
-        variant: Wanted,
-        config: ServerConfig,
-        models: Models,
-        pool: DecodePool,
-        metrics: Metrics,
-    ) -> None:
+    Raises:
+        DeviceError: the device cannot be used.
+        ValueError: an endpoint is not host:port.
+    """
+    if not runtime.triton:
+        devices = devices or resolve_all(config.device)
+        return devices[0], onnx_engines(devices, runtime), runtime.variant
+    from topfive_server.triton_engine import TritonOptions, triton_engines  # noqa: PLC0415  an extra of its own
+
+    fleet = ", ".join(runtime.triton)
+    # What the fleet's devices are is not known here, so the one graph that runs everywhere is the default.
+    variant = "fp32" if runtime.variant == "auto" else runtime.variant
+    device = Device(kind="cpu", reason=f"Triton servers compute: {fleet}")
+    return device, triton_engines(TritonOptions(endpoints=runtime.triton)), variant
+
+
+def make_traces() -> "Traces":
+    """Sends traces to where the environment says.
+
+    Raises:
+        StartError: the extra is missing, or the environment makes no sense.
+    """
+    try:
+        from topfive_server.traces import Traces  # noqa: PLC0415  an extra of its own
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"--traces needs {error.name}, which is not installed: pip install 'topfive[telemetry]'"
+        ) from error
+    try:
+        return Traces()
+    except ValueError as error:
+        raise StartError(str(error)) from error
+
+
+class Offer:
+    """What a folder offers to a device, and which of it ought to be in service."""
+
+    def __init__(self, root: Path, *, device: Device, variant: Wanted, config: ServerConfig) -> None:
         self._repository = Repository(root)
-        self._engines = engines
         self._device = device
         self._variant = variant
         self._config = config
-        self._models = models
-        self._pool = pool
-        self._metrics = metrics
 
-    async def start(self) -> list[ModelVersion]:
-        """Load, warm up and prove the newest versions of every model; returns them.
+    async def start(
+        self, load: Callable[[ModelVersion], Awaitable[object]], names: Callable[[], Iterable[str]]
+    ) -> list[ModelVersion]:
+        """Load the newest versions of every model with `load`; `names` are then those in service.
 
         Raises:
             StartError: nothing can be served, or the newest version of a model is broken.
@@ -77,17 +107,19 @@ class Loader:
         try:
             wanted = await asyncio.to_thread(self.wanted)
             for choice in wanted:
-                await self.load(choice.version)
+                await load(choice.version)
                 log.info(
                     "chosen",
                     extra={"model": choice.version.name, "graph": choice.graph, "reason": choice.reason},
                 )
         except (RepositoryError, DeviceError, EngineError, RequestError) as error:
             raise StartError(str(error)) from error
-        name = self._models.default_name()
-        if all(model.info.name != name for model in self._models):
-            served = ", ".join(sorted({model.info.name for model in self._models}))
-            raise StartError(f"there is no model {name!r} in {self._repository.root}; it holds {served}")
+        served = sorted(set(names()))
+        name = self._config.model or served[0]
+        if name not in served:
+            raise StartError(
+                f"there is no model {name!r} in {self._repository.root}; it holds {', '.join(served)}"
+            )
         return [choice.version for choice in wanted]
 
     def find(self) -> Found:
@@ -119,8 +151,35 @@ class Loader:
             )
         return wanted
 
+
+class Loader:
+    """Brings versions into service in this process."""
+
+    def __init__(
+        self,
+        *,
+        engines: EngineMaker,
+        config: ServerConfig,
+        models: Models,
+        pool: DecodePool,
+        metrics: Metrics,
+    ) -> None:
+        self._engines = engines
+        self._config = config
+        self._models = models
+        self._pool = pool
+        self._metrics = metrics
+
     async def load(self, version: ModelVersion) -> None:
         """Bring one version into service beside those that are; on failure nothing has changed.
+
+        Raises:
+            EngineError, DeviceError, RequestError: it does not work.
+        """
+        await self.install(await self.prepare(version))
+
+    async def prepare(self, version: ModelVersion) -> ServedModel:
+        """Open, warm up and prove a version, out of every request's sight.
 
         Raises:
             EngineError, DeviceError, RequestError: it does not work.
@@ -135,6 +194,12 @@ class Loader:
             observer=lambda info: self._metrics.observer(info.name, info.version),
         )
         await model.start()
+        seconds = round(monotonic() - started, 2)
+        log.info("warmed up", extra={"model": version.name, "version": version.version, "seconds": seconds})
+        return model
+
+    async def install(self, model: ServedModel) -> None:
+        """Let a prepared version answer, in the place of the one of its name and version if there is one."""
         replaced = self._models.add(model)
         log.info(
             "in service",
@@ -144,7 +209,6 @@ class Loader:
                 "provider": model.info.provider,
                 "device": model.info.device,
                 "max_batch": model.info.max_batch,
-                "seconds": round(monotonic() - started, 2),
             },
         )
         if replaced is not None:

@@ -24,10 +24,11 @@ from topfive_server.models import Models
 from topfive_server.reload import Found, Reloader, ReloadPolicy, find
 from topfive_server.repository import ModelVersion, Repository, RepositoryError
 from topfive_server.served_model import golden_image
-from topfive_server.serving import Loader, StartError, onnx_engines
+from topfive_server.serving import Loader, Offer, StartError, onnx_engines
 from topfive_server.session import RuntimeOptions
 
 CPU = Device(kind="cpu", reason="test")
+Start = Callable[[], Awaitable[list[ModelVersion]]]
 
 
 @dataclass
@@ -389,23 +390,20 @@ def test_policies_refuse_nonsense() -> None:
 
 
 @asynccontextmanager
-async def real(root: Path, **settings: Any) -> AsyncIterator[tuple[Loader, Reloader, Models]]:
+async def real(root: Path, **settings: Any) -> AsyncIterator[tuple[Start, Reloader, Models]]:
     config = ServerConfig(**settings)
     pool = DecodePool(threads=1, max_pixels=config.max_pixels)
     models, metrics = Models(), Metrics()
-    loader = Loader(
-        root,
-        engines=onnx_engines([CPU], RuntimeOptions(threads=1)),
-        device=CPU,
-        variant="auto",
-        config=config,
-        models=models,
-        pool=pool,
-        metrics=metrics,
-    )
+    offer = Offer(root, device=CPU, variant="auto", config=config)
+    engines = onnx_engines([CPU], RuntimeOptions(threads=1))
+    loader = Loader(engines=engines, config=config, models=models, pool=pool, metrics=metrics)
+
+    async def start() -> list[ModelVersion]:
+        return await offer.start(loader.load, models.names)
+
     policy = ReloadPolicy(keep=config.versions)
     try:
-        yield loader, Reloader(find=loader.find, load=loader.load, models=models, policy=policy), models
+        yield start, Reloader(find=offer.find, load=loader.load, models=models, policy=policy), models
     finally:
         for model in list(models):
             await model.close()
@@ -415,8 +413,8 @@ async def real(root: Path, **settings: Any) -> AsyncIterator[tuple[Loader, Reloa
 def test_real_versions_are_swapped_without_losing_an_image(tmp_path: Path) -> None:
     async def scenario() -> None:
         write_model(tmp_path, "tiny", "1")
-        async with real(tmp_path) as (loader, reloader, models):
-            for version in await loader.start():
+        async with real(tmp_path) as (start, reloader, models):
+            for version in await start():
                 reloader.adopt(version)
             answered: list[str] = []
             stop = False
@@ -456,8 +454,8 @@ def test_a_bad_model_is_refused_while_the_good_one_serves(
 ) -> None:
     async def scenario() -> None:
         write_model(tmp_path, "tiny", "1")
-        async with real(tmp_path) as (loader, reloader, models):
-            await loader.start()
+        async with real(tmp_path) as (start, reloader, models):
+            await start()
             write_model(tmp_path, "tiny", "2", **damage)
             status = {row["version"]: row for row in await reloader.look()}
             assert status["2"]["state"] == "refused"
@@ -471,13 +469,13 @@ def test_a_broken_newest_version_stops_the_start_and_an_older_one_does_not(tmp_p
     async def scenario() -> None:
         write_model(tmp_path, "tiny", "1").write_bytes(b"")
         write_model(tmp_path, "tiny", "2")
-        async with real(tmp_path) as (loader, _, models):
-            await loader.start()
+        async with real(tmp_path) as (start, _, models):
+            await start()
             assert models.get("tiny").info.version == "2"
         write_model(tmp_path, "tiny", "3").write_bytes(b"")
-        async with real(tmp_path) as (loader, _, models):
+        async with real(tmp_path) as (start, _, models):
             with pytest.raises(StartError, match=r"tiny/3/model.onnx is empty"):
-                await loader.start()
+                await start()
 
     run(scenario)
 

@@ -1,0 +1,165 @@
+"""One listener, many processes: the parent accepts, and hands each connection to the worker that has the fewest.
+
+The kernel could deal connections out by itself (`SO_REUSEPORT`, or a listener that all share), but by chance, and
+connections that stay open stay where they fell: of sixteen, two processes get twelve and four (docs/lab-notes.md). A
+connection that waits here, or that a dying worker has not taken yet, is given to another.
+
+A connection travels over a *line*, a Unix socket: one byte with the file descriptor beside it. The worker sends back
+`+` when it has taken it, upon which the parent lets go of it, and `-` when it has ended.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final
+
+TAKEN: Final = ord("+")
+ENDED: Final = ord("-")
+_BACKLOG: Final = 2048
+_AT_ONCE: Final = 64
+"""Connections accepted before the loop does something else."""
+_RETRY_S: Final = 0.02
+"""Seconds until the next attempt when no worker can take a connection."""
+
+
+class Line:
+    """The parent's end of the line to one worker."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._end = end
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(end.fileno(), self._heard)
+        self.given = 0
+        """Connections handed over so far."""
+        self.open = 0
+        """Of those, the ones that have not ended."""
+        self.on_return: Callable[[list[socket.socket]], None] = _close_all
+        """Gets the connections that the worker had not taken when it ended."""
+        self._untaken: deque[socket.socket] = deque()
+
+    def give(self, connection: socket.socket) -> bool:
+        """Hand a connection over; False when the worker takes none now. It belongs to the line from then on."""
+        try:
+            socket.send_fds(self._end, [b"+"], [connection.fileno()])
+        except OSError:  # it has ended, or it does not read
+            return False
+        self._untaken.append(connection)
+        self.given += 1
+        self.open += 1
+        return True
+
+    def finish(self) -> None:
+        """Say that there will be no more connections."""
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Give the line up; idempotent."""
+        if self._end.fileno() >= 0:
+            self._loop.remove_reader(self._end.fileno())
+            self._end.close()
+        untaken = [*self._untaken]
+        self._untaken.clear()
+        if untaken:
+            self.on_return(untaken)
+
+    def _heard(self) -> None:
+        try:
+            words = self._end.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            words = b""
+        for word in words:
+            if word == TAKEN:
+                self._untaken.popleft().close()
+            else:
+                self.open -= 1
+        if not words:
+            self.close()
+
+
+class Handover:
+    """Accepts on a bound listener and hands out."""
+
+    def __init__(self, listener: socket.socket, lines: Callable[[], Iterable[Line]]) -> None:
+        """`lines`: those of the workers that serve now."""
+        self._listener = listener
+        self._lines = lines
+        self._loop = asyncio.get_running_loop()
+        self._held: deque[socket.socket] = deque()
+        """Accepted, and nobody could take them yet."""
+        self._retry: asyncio.Handle | None = None
+
+    def start(self) -> None:
+        """Listen: from here on a connection is not refused."""
+        self._listener.listen(_BACKLOG)
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def take_back(self, connections: list[socket.socket]) -> None:
+        """Give connections to others: their worker has ended before it took them."""
+        if self._listener.fileno() < 0:  # no worker takes any more
+            _close_all(connections)
+            return
+        self._held.extend(connections)
+        self._loop.remove_reader(self._listener.fileno())
+        if self._retry is None:
+            self._retry = self._loop.call_soon(self._try_again)
+
+    def finish(self) -> None:
+        """Hand out what the kernel has accepted in our name, then close the listener."""
+        self._loop.remove_reader(self._listener.fileno())
+        if self._retry is not None:
+            self._retry.cancel()
+        while True:
+            self._give_held()
+            if self._held or not self._take():
+                break
+        self._listener.close()
+        _close_all(self._held)
+
+    def _accept(self) -> None:
+        for _ in range(_AT_ONCE):
+            if not self._take():
+                break
+            self._give_held()
+            if self._held:
+                # What has not been accepted waits in the kernel, and is not lost with this process either.
+                self._loop.remove_reader(self._listener.fileno())
+                self._retry = self._loop.call_later(_RETRY_S, self._try_again)
+                break
+
+    def _take(self) -> bool:
+        try:
+            connection, _ = self._listener.accept()
+        except (
+            OSError
+        ):  # BlockingIOError: there is no more; others: its client has left, or no file descriptor is free
+            return False
+        connection.setblocking(False)
+        self._held.append(connection)
+        return True
+
+    def _try_again(self) -> None:
+        self._give_held()
+        if self._held:
+            self._retry = self._loop.call_later(_RETRY_S, self._try_again)
+        else:
+            self._retry = None
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _give_held(self) -> None:
+        while self._held:
+            # Of several with as few, the one that has had the fewest in all: short connections go round.
+            lines = sorted(self._lines(), key=lambda line: (line.open, line.given))
+            if not any(line.give(self._held[0]) for line in lines):
+                return
+            self._held.popleft()
+
+
+def _close_all(connections: Iterable[socket.socket]) -> None:
+    for connection in connections:
+        connection.close()
