@@ -148,6 +148,9 @@ def describe() -> list[Check]:
         fix = "" if gpus else "Make `nvidia-smi` list the GPU."
         checks.append(Check("gpu", ok=gpus > 0, detail=detail, fix=fix))
         checks += cuda_checks()[1:]
+        from topfive_server import tensorrt  # noqa: PLC0415  it builds on this module
+
+        checks.append(tensorrt.describe())
     return [runtime, *checks]
 
 

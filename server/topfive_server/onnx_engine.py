@@ -61,7 +61,7 @@ class OnnxEngine:
             name=model.name,
             version=model.version,
             spec=model.spec,
-            provider=device.provider,
+            provider=options.provider(device),
             device=str(device),
             max_batch=max_batch,
             buckets=make_buckets(max_batch) if device.kind == "cuda" else (),

@@ -8,6 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from topfive.errors import TopfiveError
+from topfive_server import tensorrt
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.devices import Device, DeviceError, resolve_all
@@ -59,6 +60,8 @@ def computing(
     """
     if not runtime.triton:
         devices = devices or resolve_all(config.device)
+        if runtime.tensorrt:
+            tensorrt.require(devices[0])
         return devices[0], onnx_engines(devices, runtime), runtime.variant
     from topfive_server.triton_engine import TritonOptions, triton_engines  # noqa: PLC0415  an extra of its own
 

@@ -9,14 +9,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import onnxruntime
 
+from topfive_server import tensorrt
 from topfive_server.devices import CPU_PROVIDER, Device, DeviceError, cores
 from topfive_server.engine import EngineDead, EngineError, EngineOutOfMemory
 from topfive_server.repository import ModelVersion
-from topfive_server.variants import Wanted
+from topfive_server.variants import Wanted, precision
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,10 @@ class RuntimeOptions:
     """Capture a CUDA graph for each batch size: one launch instead of one for each layer."""
     tf32: bool = True
     """Let float32 matrix products use TF32 (10-bit mantissas) on GPUs that have it; off for parity with the CPU."""
+    tensorrt: bool = False
+    """Compile each graph with TensorRT on the GPU, which takes minutes at the first start; `topfive doctor` says what it needs."""
+    tensorrt_cache: Path | None = None
+    """Folder that keeps what TensorRT compiled; none: every start compiles again."""
     convolution_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = "HEURISTIC"
     """How cuDNN picks an algorithm for each shape; `EXHAUSTIVE` times them all during warm-up."""
     gpu_memory_bytes: int = 0
@@ -69,10 +75,16 @@ class RuntimeOptions:
             value = getattr(self, field)
             if not low <= value <= high:
                 raise ValueError(f"{field} is {value}; it must be between {low} and {high}")
+        if self.tensorrt_cache is not None and not self.tensorrt:
+            raise ValueError("tensorrt_cache is given without tensorrt; nothing would be kept in it")
 
     def batch_limit(self, device: Device) -> int:
         """`max_batch`, or the device's default."""
         return self.max_batch or (64 if device.kind == "cuda" else 32)
+
+    def provider(self, device: Device) -> str:
+        """ONNX Runtime's name of what does the arithmetic on this device."""
+        return tensorrt.PROVIDER if self.tensorrt and device.kind == "cuda" else device.provider
 
 
 def open_session(
@@ -84,7 +96,8 @@ def open_session(
         DeviceError: the provider did not load, or heavy nodes fell back to the CPU.
         EngineError: ONNX Runtime cannot load the file.
     """
-    graphs = device.kind == "cuda" and options.cuda_graphs
+    # A graph is captured only where one provider runs all of it.
+    graphs = device.kind == "cuda" and options.cuda_graphs and not options.tensorrt
     try:
         session = _open(model, device, options, cuda_graphs=graphs)
     except Exception as error:
@@ -92,9 +105,10 @@ def open_session(
             raise EngineError(f"{model.name}/{model.version} cannot be loaded: {one_line(error)}") from error
         log.warning("%s/%s runs without CUDA graphs: %s", model.name, model.version, one_line(error))
         session = _open(model, device, options, cuda_graphs=False)
-    if device.provider not in session.get_providers():
+    provider = options.provider(device)
+    if provider not in session.get_providers():
         raise DeviceError(
-            f"ONNX Runtime could not start {device.provider} and offers only {', '.join(session.get_providers())}; "
+            f"ONNX Runtime could not start {provider} and offers only {', '.join(session.get_providers())}; "
             "run `topfive doctor` for what is missing, or say --device cpu"
         )
     placed = (
@@ -102,18 +116,24 @@ def open_session(
         for graph in session.get_provider_graph_assignment_info()
         for node in graph.get_nodes()
     )
-    check_placement(placed, device, f"{model.name}/{model.version}")
+    check_placement(placed, device, f"{model.name}/{model.version}", provider=provider)
     return session
 
 
-def check_placement(placed: Iterable[tuple[str, str]], device: Device, model: str) -> None:
-    """Check pairs of provider and operator: every heavy operator must be on the device's provider.
+def check_placement(
+    placed: Iterable[tuple[str, str]], device: Device, model: str, *, provider: str = ""
+) -> None:
+    """Check pairs of provider and operator: every heavy operator must be on the device.
+
+    Of a `provider` beside the device's own (TensorRT's, which leaves to CUDA what it cannot do) there must be some.
 
     Raises:
         DeviceError: heavy operators run elsewhere, or nothing at all was placed.
     """
     placed = list(placed)
-    elsewhere = Counter(op for provider, op in placed if op in HEAVY and provider != device.provider)
+    provider = provider or device.provider
+    heavy = [(where, op) for where, op in placed if op in HEAVY]
+    elsewhere = Counter(op for where, op in heavy if where not in {provider, device.provider})
     if not placed:
         raise DeviceError(
             f"ONNX Runtime does not say where it runs the nodes of {model}; update onnxruntime-gpu"
@@ -124,14 +144,41 @@ def check_placement(placed: Iterable[tuple[str, str]], device: Device, model: st
             f"model {model} would run {found} on the CPU although {device} was asked for: this graph is not made "
             "for a GPU (int8 is not); serve its fp32 or fp16 variant, or say --device cpu"
         )
+    if heavy and all(where != provider for where, _ in heavy):
+        raise DeviceError(
+            f"{provider} takes none of the heavy operators of model {model}; leave out --tensorrt"
+        )
 
 
 def _open(model: ModelVersion, device: Device, options: RuntimeOptions, *, cuda_graphs: bool) -> Any:
     return onnxruntime.InferenceSession(
         str(model.path),
         session_options(device, options),
-        providers=[*provider_options(device, options, cuda_graphs=cuda_graphs)],
+        providers=[
+            *_tensorrt(model, device, options),
+            *provider_options(device, options, cuda_graphs=cuda_graphs),
+        ],
     )
+
+
+def _tensorrt(
+    model: ModelVersion, device: Device, options: RuntimeOptions
+) -> list[str | tuple[str, dict[str, str]]]:
+    """TensorRT's part of the `providers` argument: first where it was asked for, else nothing."""
+    if options.provider(device) != tensorrt.PROVIDER:
+        return []
+    assert model.input_side is not None  # noqa: S101  an engine refuses graphs that take any size
+    cache = None
+    if options.tensorrt_cache is not None:
+        cache = tensorrt.cache_folder(options.tensorrt_cache, model.fingerprint())
+    settings = tensorrt.provider_options(
+        device,
+        side=model.input_side,
+        max_batch=options.batch_limit(device),
+        fp16=precision(model) == "fp16",
+        cache=cache,
+    )
+    return [(tensorrt.PROVIDER, settings)]
 
 
 def session_options(device: Device, options: RuntimeOptions) -> onnxruntime.SessionOptions:

@@ -19,7 +19,8 @@ Wanted: TypeAlias = Literal["auto", "fp32", "fp16", "int8", "all"]
 _ORDER: Final[dict[str, tuple[str, ...]]] = {
     # Measured (design notes, section 4): on a CPU int8 is twice as fast; a CPU computes fp16 by converting.
     "cpu": ("int8 cpu", "fp32 cpu", "fp32 cuda", "fp16 cuda"),
-    # Band normalisation is for CPUs; int8 graphs do not run on the CUDA provider.
+    # Band normalisation is for CPUs; int8 graphs do not run on the CUDA provider, and with TensorRT neither: it takes
+    # symmetric int8 only, and ours have uint8 activations with a zero point (and passed their limits on a CPU).
     "cuda": ("fp16 cuda", "fp32 cuda", "fp32 cpu"),
 }
 """Graphs that run on a device, fastest first."""
@@ -114,9 +115,14 @@ def _choose_one(name: str, group: Sequence[ModelVersion], device: Device, wanted
     )
 
 
+def precision(version: ModelVersion) -> str:
+    """`fp32`, `fp16` or `int8`, as its report says; `fp32` where it says nothing."""
+    return str(_variant(version).get("precision", "fp32"))
+
+
 def _kind(version: ModelVersion) -> str:
     variant = _variant(version)
-    return f"{variant.get('precision', 'fp32')} {variant.get('target', 'cpu')}"
+    return f"{precision(version)} {variant.get('target', 'cpu')}"
 
 
 def _variant(version: ModelVersion) -> dict[str, object]:

@@ -38,6 +38,9 @@ class FakeMachine:
             raise OSError(f"{name}: cannot open shared object file: No such file or directory")
         return self
 
+    def getInferLibVersion(self) -> int:  # noqa: N802
+        return 101601
+
     def cuInit(self, flags: int) -> int:  # noqa: N802
         return 0 if self.gpus else 100
 
@@ -174,7 +177,7 @@ def test_doctor_finds_nothing_wrong_without_a_gpu(bare: FakeMachine) -> None:
 def test_doctor_lists_what_a_gpu_lacks(machine: FakeMachine) -> None:
     machine.missing = {"libcudnn.so.9", "libcublas.so.13"}
     checks = {check.name: check for check in describe()}
-    assert list(checks) == ["onnxruntime", "cpu", "gpu", "driver", "cuda libraries"]
+    assert list(checks) == ["onnxruntime", "cpu", "gpu", "driver", "cuda libraries", "tensorrt"]
     assert not checks["cuda libraries"].ok
     assert "missing libcublas.so.13, libcudnn.so.9" in checks["cuda libraries"].detail
     assert "topfive[server,cuda]" in checks["cuda libraries"].fix
