@@ -27,8 +27,14 @@ class Lane(Protocol):
     def fill(self, images: Images) -> None:
         """Copy the images to where the device reads them."""
 
-    def compute(self) -> Predictions:
-        """Predictions for the images filled in last."""
+    def captures(self, count: int) -> bool:
+        """Whether computing so many images will capture a graph, as the first batch of each size does."""
+
+    def compute(self) -> None:
+        """Compute the images filled in last; one lane of a device at a time."""
+
+    def read(self) -> Predictions:
+        """Their predictions, from the lane's own buffers: beside another lane's arithmetic."""
 
     def release(self) -> None:
         """Give the buffers back."""
@@ -41,15 +47,24 @@ class HostLane:
         self._session = session
         self._images_BHWC = np.zeros((max_batch, side, side, 3), np.uint8)
         self._count = 0
+        self._computed: Predictions
 
     def fill(self, images: Images) -> None:
         """Copy the images into the lane's buffer."""
         np.stack(images, out=self._images_BHWC[: len(images)])
         self._count = len(images)
 
-    def compute(self) -> Predictions:
-        """Predictions for the images filled in last."""
-        return Predictions(*self._session.run(OUTPUTS, {INPUT: self._images_BHWC[: self._count]}))
+    def captures(self, count: int) -> bool:  # noqa: ARG002  as every lane
+        """Never: a processor has no graphs."""
+        return False
+
+    def compute(self) -> None:
+        """Compute the images filled in last."""
+        self._computed = Predictions(*self._session.run(OUTPUTS, {INPUT: self._images_BHWC[: self._count]}))
+
+    def read(self) -> Predictions:
+        """Their predictions."""
+        return self._computed
 
     def release(self) -> None:
         """Nothing beyond what Python frees by itself."""
@@ -89,6 +104,8 @@ class DeviceLane:
         widths = {output.name: int(output.shape[1]) for output in session.get_outputs()}
         types = {"probabilities": np.float32, "classes": np.int64, "scores": np.float32}
         self._bound: dict[int, _Bound] = {}
+        self._captured: set[int] = set()
+        """Buckets that have been computed once."""
         for number, bucket in enumerate(buckets):
             binding = session.io_binding()
             image = _device_array((bucket, side, side, 3), np.uint8, memory, index)
@@ -111,10 +128,20 @@ class DeviceLane:
         bucket = bucket_for(self._count, self._buckets)
         self._bound[bucket].image.update_inplace(self._host.array[:bucket])
 
-    def compute(self) -> Predictions:
-        """Predictions for the images filled in last; the padding's are dropped."""
-        bound = self._bound[bucket_for(self._count, self._buckets)]
+    def captures(self, count: int) -> bool:
+        """True for the first batch of each bucket."""
+        return bucket_for(count, self._buckets) not in self._captured
+
+    def compute(self) -> None:
+        """Compute the images filled in last. The call ends when the device has: its stream is waited for."""
+        bucket = bucket_for(self._count, self._buckets)
+        bound = self._bound[bucket]
         self._session.run_with_iobinding(bound.binding, bound.run_options)
+        self._captured.add(bucket)
+
+    def read(self) -> Predictions:
+        """Their predictions; the padding's are dropped."""
+        bound = self._bound[bucket_for(self._count, self._buckets)]
         return Predictions(*(output.numpy()[: self._count].copy() for output in bound.outputs))
 
     def release(self) -> None:

@@ -2,10 +2,12 @@
 
 Two daemon threads take batches from one queue. Each owns a *lane*: buffers of its own, allocated once. A thread fills
 its lane (and uploads it, on a GPU) while the other's batch computes, and a lock lets one batch at a time compute:
-the copy of batch n + 1 is hidden behind the arithmetic of batch n.
+the copy of batch n + 1 is hidden behind the arithmetic of batch n, and so are the answers of batch n behind batch n + 1.
+On a GPU copies run on CUDA's default stream and ONNX Runtime on a stream of its own that does not wait for it.
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from topfive_server.buckets import make_buckets
+from topfive_server.capture import GATE
 from topfive_server.devices import Device
 from topfive_server.engine import EngineDead, EngineError, EngineInfo, Predictions
 from topfive_server.lanes import DeviceLane, HostLane, Images, Lane
@@ -137,7 +140,9 @@ class OnnxEngine:
                 if job.images is None:
                     self._all_lanes.wait()
                 # Buffers and graphs are made in the thread that uses them: ONNX Runtime keeps CUDA graphs by thread.
-                lane = lane or self._make_lane(number)
+                if lane is None:
+                    with self._gate(captures=True):
+                        lane = self._make_lane(number)
                 job.set_result(self._warm(lane) if job.images is None else self._run(lane, job.images))
             except Exception as error:  # noqa: BLE001  ONNX Runtime raises types of its own; the caller gets ours
                 failure = engine_error(error)
@@ -163,10 +168,19 @@ class OnnxEngine:
             first_graph=1 + number * len(self.info.buckets),
         )
 
+    def _gate(self, *, captures: bool) -> contextlib.AbstractContextManager[None]:
+        """What keeps a capture apart from everything else that this process does on GPUs."""
+        if self._device.kind == "cpu":
+            return contextlib.nullcontext()
+        return GATE.alone() if captures else GATE.beside_others()
+
     def _run(self, lane: Lane, images: Images) -> Predictions:
-        lane.fill(images)
-        with self._computing:
-            predictions = lane.compute()
+        with self._gate(captures=lane.captures(len(images))):
+            lane.fill(images)
+            with self._computing:
+                lane.compute()
+            # Outside the lock: the other lane computes while this one's answers are copied.
+            predictions = lane.read()
         if not np.isfinite(predictions.probabilities_BT).all():
             raise EngineError(f"model {self.info.name}/{self.info.version} gave answers that are not numbers")
         return predictions

@@ -1,15 +1,23 @@
+import asyncio
 import ctypes
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+from tests.server.harness import eventually
 from tests.server.onnx_models import expected_scores, random_images, write_model
 
-from topfive_server import pinned
+from topfive_server import onnx_engine, pinned
 from topfive_server.buckets import bucket_for, make_buckets
+from topfive_server.capture import Gate
+from topfive_server.devices import Device
 from topfive_server.lanes import DeviceLane, HostLane
+from topfive_server.onnx_engine import OnnxEngine
+from topfive_server.repository import Repository
+from topfive_server.session import RuntimeOptions
 
 
 @pytest.fixture(name="session")
@@ -51,7 +59,9 @@ def test_padding_changes_no_answer_and_is_not_returned(session: Any) -> None:
         images = random_images(count, seed=count)
         device.fill(images)
         host.fill(images)
-        padded, plain = device.compute(), host.compute()
+        device.compute()
+        host.compute()
+        padded, plain = device.read(), host.read()
         assert padded.scores_BC.shape == (count, 7)
         np.testing.assert_allclose(padded.scores_BC, expected_scores(np.stack(images), 7), atol=1e-5)
         np.testing.assert_array_equal(padded.classes_BT, plain.classes_BT)
@@ -63,7 +73,8 @@ def test_buffers_stay_where_they_are_and_answers_do_not(session: Any) -> None:
     addresses = {n: (b.image.data_ptr(), *(o.data_ptr() for o in b.outputs)) for n, b in lane._bound.items()}
     first_images = random_images(3, seed=1)
     lane.fill(first_images)
-    first = lane.compute()
+    lane.compute()
+    first = lane.read()
     for seed in range(2, 6):
         lane.fill(random_images(3, seed=seed))
         lane.compute()
@@ -81,6 +92,86 @@ def test_every_bucket_of_every_lane_has_a_graph_of_its_own(session: Any) -> None
         bound = DeviceLane(session, buckets=buckets, side=12, memory="cpu", index=0, first_graph=first)._bound
         names += [b.run_options.get_run_config_entry("gpu_graph_id") for b in bound.values()]
     assert len(set(names)) == len(names) == 14
+
+
+def test_the_first_batch_of_each_bucket_captures(session: Any) -> None:
+    lane = device_lane(session)
+    assert [lane.captures(count) for count in (1, 3, 8)] == [True, True, True]
+    lane.fill(random_images(3))
+    lane.compute()
+    assert [lane.captures(count) for count in (1, 3, 4, 8)] == [True, False, False, True]
+    assert not HostLane(session, max_batch=8, side=12).captures(1)
+
+
+def test_a_capture_waits_for_batches_and_holds_them_back() -> None:
+    gate, order = Gate(), list[str]()
+    inside, leave = threading.Event(), threading.Event()
+
+    def batch(name: str) -> None:
+        with gate.beside_others():
+            order.append(f"{name} begins")
+            inside.set()
+            leave.wait(10)
+            order.append(f"{name} ends")
+
+    def capture() -> None:
+        with gate.alone():
+            order.append("capture")
+
+    first = threading.Thread(target=batch, args=("first",))
+    first.start()
+    assert inside.wait(10)
+    capturing = threading.Thread(target=capture)
+    capturing.start()
+    eventually(lambda: gate._capturing)
+    second = threading.Thread(target=batch, args=("second",))
+    second.start()
+    leave.set()
+    for thread in (first, capturing, second):
+        thread.join(10)
+    assert order == ["first begins", "first ends", "capture", "second begins", "second ends"]
+
+
+def test_a_batch_that_hangs_does_not_stop_a_capture_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate(patience_s=0.05)
+    with gate.beside_others(), gate.alone():
+        pass
+    assert "a batch has not come back" in caplog.text
+
+
+def test_an_engine_on_a_gpu_captures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session: Any
+) -> None:
+    """The lanes of a GPU, played by the CPU: making one and each first batch are alone, the others are not."""
+    held: list[str] = []
+
+    class Watched(Gate):
+        def alone(self) -> Any:
+            held.append("alone")
+            return super().alone()
+
+        def beside_others(self) -> Any:
+            held.append("beside")
+            return super().beside_others()
+
+    monkeypatch.setattr(onnx_engine, "GATE", Watched())
+    monkeypatch.setattr(onnx_engine, "open_session", lambda *_: session)
+    lane = onnx_engine.DeviceLane
+    monkeypatch.setattr(onnx_engine, "DeviceLane", lambda *a, **k: lane(*a, **{**k, "memory": "cpu"}))
+    version = Repository(tmp_path).read("tiny")
+    engine = OnnxEngine(version, Device(kind="cuda", reason="test"), RuntimeOptions(max_batch=4))
+
+    async def run() -> None:
+        await engine.warm_up()
+        assert held == ["alone"] * 8  # two lanes: made, then three buckets each
+        for count in (1, 3, 4):
+            images = random_images(count, seed=count)
+            answer = await engine.predict(images)
+            np.testing.assert_allclose(answer.scores_BC, expected_scores(np.stack(images), 7), atol=1e-5)
+        assert held[8:] == ["beside"] * 3
+        await engine.close()
+
+    asyncio.run(run())
 
 
 class FakeDriver:

@@ -51,11 +51,16 @@ class FakeLane:
     def fill(self, images: Images) -> None:
         self.filled.append(len(images))
 
-    def compute(self) -> Predictions:
+    def captures(self, count: int) -> bool:
+        return False
+
+    def compute(self) -> None:
         self.computing.release()
         assert self.may_compute.wait(20)
         if self.failure is not None:
             raise self.failure
+
+    def read(self) -> Predictions:
         rows = self.filled[-1]
         scores = np.full((rows, 7), 1 / 7, np.float32)
         return Predictions(scores[:, :5], np.zeros((rows, 5), np.int64), scores)
@@ -282,6 +287,7 @@ def test_a_hung_device_does_not_keep_the_process_from_ending(tmp_path: Path) -> 
     from topfive_server.repository import Repository
     import numpy as np
     class Hung:
+        def captures(self, count): return False
         def fill(self, images): pass
         def compute(self): threading.Event().wait()
     OnnxEngine._make_lane = lambda self, number: Hung()
