@@ -1,8 +1,8 @@
 """One listener, many processes: the parent accepts, and hands each connection to the worker that has the fewest.
 
 The kernel could deal connections out by itself (`SO_REUSEPORT`, or a listener that all share), but by chance, and
-connections that stay open stay where they fell: of sixteen, two processes get twelve and four (docs/lab-notes.md). A
-connection that waits here, or that a dying worker has not taken yet, is given to another.
+connections that stay open stay where they fell: of sixteen, up to twelve in one of two processes, or all of them
+(docs/lab-notes.md). A connection that waits here, or that a dying worker has not taken yet, is given to another.
 
 A connection travels over a *line*, a Unix socket: one byte with the file descriptor beside it. The worker sends back
 `+` when it has taken it, upon which the parent lets go of it, and `-` when it has ended.

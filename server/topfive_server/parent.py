@@ -42,7 +42,7 @@ _SETTLED_S: Final = 60.0
 """A worker that has served for so long does not count as one that failed to start."""
 _LAST_ATTEMPT: Final = 4
 """Attempts after which the parent gives up, when no other worker serves."""
-_PATIENCE_S: Final = 5.0
+_PATIENCE_S: Final = 3.0
 """Seconds that a worker has to say how it is."""
 _HEARTBEAT_S: Final = 2.0
 _CLOSING_S: Final = 10.0
@@ -213,7 +213,7 @@ class Parent:
                     return
                 try:
                     worker = await self._bring_back(worker.share)
-                except (ChannelError, EngineError, TimeoutError) as error:
+                except (ChannelError, EngineError, OSError) as error:
                     failures += 1
                     self._metrics.worker_restarts.labels("failed").inc()
                     log.error("worker %d could not be started again: %s", worker.number, error)  # noqa: TRY400
@@ -229,14 +229,14 @@ class Parent:
         """A new process in the place of one that has ended, with all that the others have.
 
         Raises:
-            ChannelError, EngineError, TimeoutError: it cannot; the process is gone.
+            ChannelError, EngineError, OSError: it cannot; the process is gone.
         """
         try:
             async with asyncio.timeout(20 * self._config.engine_timeout_s):
                 worker = await self._open(share)
                 async with self._everywhere.catching_up(worker):
                     await self._let_serve(worker)
-        except (ChannelError, EngineError, TimeoutError):
+        except (ChannelError, EngineError, OSError):
             self._workers[share.number].kill()
             await self._workers[share.number].bury()
             raise
