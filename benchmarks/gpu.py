@@ -119,8 +119,8 @@ def measure_http(
     models: Path, images: Path, device: str, processes: Sequence[int], options: argparse.Namespace
 ) -> list[dict[str, float]]:
     """Requests a second by number of processes, in each round."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from serve import load, server  # noqa: PLC0415  beside this file, and it needs wrk
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from benchmarks.serve import load, server  # noqa: PLC0415  only here is wrk needed
 
     flags = {
         count: ["--no-log-requests", "--max-queue-images", "16384", "--processes", str(count)]
