@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -54,6 +54,11 @@ class Phase:
     def accepted_ms(self, share: float) -> float:
         """A quantile of the latency of everything that was not refused, answered in time or not."""
         return quantile(sorted(1000 * r.latency_s for r in self.records if r.status != 429), share)
+
+    def later(self, seconds: float) -> "Phase":
+        """Without its first seconds."""
+        records = [record for record in self.records if record.due_s >= seconds]
+        return replace(self, seconds=self.seconds - seconds, records=records)
 
     @property
     def goodput(self) -> float:

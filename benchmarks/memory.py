@@ -209,7 +209,11 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, action="append", default=[], help="time the start of these models, too"
     )
-    parser.add_argument("--serve-flags", default="", help="more flags of `topfive serve`")
+    parser.add_argument(
+        "--serve-flags",
+        default="--max-wait-ms 60000",
+        help="more flags of `topfive serve`; by default wrk, which asks again at once when refused, is not",
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--plot", type=Path, help="write a picture here (PNG)")
     options = parser.parse_args()

@@ -5,9 +5,9 @@ In one run against a `topfive serve` of its own:
 1. a closed loop of 32 connections finds the best rate, a search the highest open-loop rate that keeps a p99 (by
    default ten times what a lone request takes) without a refusal: the *sustainable* rate;
 2. 50 % and 80 % of it give the quiet latencies, against which the rest is judged;
-3. 200 % of it for a minute; the requests carry `X-Timeout-Ms`, one and a half times the p99 at 80 %, as clients do who
-   want an answer in time or not at all (`--timeout-ms 0`: they do not, and wait as long as the queue is);
-4. 50 % again, on the heels of it: when is everything as before? Then the closed loop once more.
+3. 200 % of it for a minute, then 50 % again, on the heels of it: when is everything as before?
+4. the same with `X-Timeout-Ms`, one and a half times the p99 at 80 %, as clients send who want an answer in time or not
+   at all (`--timeout-ms 0`: without this part). Then the closed loop once more.
 
 The load generator shares the machine with the server; `load_generator.py` says why it takes little of it, the report how
 little. Figures on a machine that does something else besides are worth little.
@@ -39,6 +39,8 @@ from benchmarks.serve import hardware
 
 CONNECTIONS = 32
 """Of the closed loop that finds the best rate."""
+ONSET_S = 5.0
+"""After which an overload is no burst any more, and its latencies are judged by themselves, too."""
 BUCKET_S = 0.5
 """Resolution at which the return to normal is seen."""
 
@@ -112,6 +114,11 @@ def judge(phases: Sequence[Phase], best: float, memory: Sequence[tuple[float, fl
             measured=double.accepted_ms(0.99) / eighty.accepted_ms(0.99),
             bound=2.0,
         ),
+        Limit(
+            name=f"the same, without the first {ONSET_S:g} s",
+            measured=double.later(ONSET_S).accepted_ms(0.99) / eighty.accepted_ms(0.99),
+            bound=2.0,
+        ),
         Limit(name="goodput at 200 % / best", measured=double.goodput / best, bound=0.9, at_least=True),
         Limit(name="memory growth per minute at 200 %, share", measured=growth, bound=0.03),
         Limit(name="answers other than 200, 429 and 504", measured=other, bound=0),
@@ -126,6 +133,33 @@ def judge(phases: Sequence[Phase], best: float, memory: Sequence[tuple[float, fl
 
 
 # ---------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overload:
+    """Too much for a while, and then half of what can be sustained."""
+
+    during: Phase
+    after: Phase
+    memory: Sequence[tuple[float, float]]
+    """(monotonic seconds, MiB)"""
+    cpu: float
+    """Cores that the server used."""
+
+
+async def overload(
+    served: Served, generator: Generator, rate: float, seconds: float, timeout_ms: int
+) -> Overload:
+    """Twice the sustainable rate, and half of it at once after that."""
+    suffix = f", {timeout_ms} ms" if timeout_ms else ""
+    cpu_s = served.cpu_s()
+    with MemoryWatch(served, 0.5) as memory:
+        during = asyncio.create_task(generator.phase(f"200 %{suffix}", 2 * rate, seconds, timeout_ms))
+        await asyncio.sleep(seconds)
+    cpu_s = served.cpu_s() - cpu_s
+    # Not after the last answer: what the overload has left behind is what is to be seen.
+    after = await generator.phase(f"50 % again{suffix}", 0.5 * rate, seconds / 6, timeout_ms)
+    return Overload(during=await during, after=after, memory=memory.samples, cpu=cpu_s / seconds)
 
 
 async def measure(served: Served, images: Sequence[bytes], options: argparse.Namespace) -> dict[str, Any]:
@@ -158,19 +192,19 @@ async def measure(served: Served, images: Sequence[bytes], options: argparse.Nam
     timeout_ms = options.timeout_ms
     if timeout_ms is None:
         timeout_ms = math.ceil(1.5 * eighty.accepted_ms(0.99))
-    cpu_s = served.cpu_s()
-    with MemoryWatch(served, 0.5) as memory:
-        overload = asyncio.create_task(generator.phase("200 %", 2 * rate, options.seconds, timeout_ms))
-        await asyncio.sleep(options.seconds)
-    cpu_s = served.cpu_s() - cpu_s
-    # Not after the last answer: what the overload has left behind is what is to be seen.
-    after = await generator.phase("50 % again", 0.5 * rate, options.seconds / 6, timeout_ms)
-    double = await overload
+    overloads = [await overload(served, generator, rate, options.seconds, 0)]
+    if timeout_ms:
+        overloads.append(await overload(served, generator, rate, options.seconds, timeout_ms))
     again = await closed_loop(generator.ask, CONNECTIONS, options.step_seconds)
     generator.close()
-    phases = [half, eighty, double, after]
     # A machine's speed drifts: the best is the mean of before and after.
-    limits = judge(phases, (best.rate + again.rate) / 2, memory.samples)
+    best_of_both = (best.rate + again.rate) / 2
+    limits = [
+        {**asdict(limit), "kept": limit.kept, "phase": o.during.name}
+        for o in overloads
+        for limit in judge([half, eighty, o.during, o.after], best_of_both, o.memory)
+    ]
+    phases = [half, eighty, *(phase for o in overloads for phase in (o.during, o.after))]
     if 2 * rate < best.rate:
         print("the search was disturbed: twice the sustainable rate is below the best, which is no overload")
     return {
@@ -180,9 +214,12 @@ async def measure(served: Served, images: Sequence[bytes], options: argparse.Nam
         "sustainable": rate,
         "search": [asdict(point) for point in points],
         "phases": [phase.row() for phase in phases],
-        "server_cpu_at_200": cpu_s / options.seconds,
-        "memory_mib": [(round(at - memory.samples[0][0], 1), round(mib, 1)) for at, mib in memory.samples],
-        "limits": [{**asdict(limit), "kept": limit.kept} for limit in limits],
+        "server_cpu_at_200": {o.during.name: o.cpu for o in overloads},
+        "memory_mib": {
+            o.during.name: [(round(at - o.memory[0][0], 1), round(mib, 1)) for at, mib in o.memory]
+            for o in overloads
+        },
+        "limits": limits,
         "timeline": {p.name: [(r.due_s, r.latency_s, r.status) for r in p.records] for p in phases},
     }
 
@@ -195,14 +232,13 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"closed loop of {CONNECTIONS} before and after: {report['best'][0]:.1f} and {report['best'][1]:.1f} requests/s; "
           f"sustainable {report['sustainable']:.1f}")  # fmt: skip
     print(
-        f"{'phase':<11}{'rate/s':>8}{'good/s':>8}{'p50 ms':>8}{'p99 ms':>8}{'max ms':>8}{'lag ms':>8}{'gen. cores':>12}  n, statuses, Retry-After"
+        f"{'phase':<19}{'rate/s':>8}{'good/s':>8}{'p50 ms':>8}{'p99 ms':>8}{'max ms':>8}{'lag ms':>8}{'gen. cores':>12}  n, statuses, Retry-After"
     )
     for row in report["phases"]:
-        print(f"{row['phase']:<11}{row['rate']:>8}{row['goodput']:>8}{row['p50_ms']:>8}{row['p99_ms']:>8}{row['max_ms']:>8}"
+        print(f"{row['phase']:<19}{row['rate']:>8}{row['goodput']:>8}{row['p50_ms']:>8}{row['p99_ms']:>8}{row['max_ms']:>8}"
               f"{row['lag_p99_ms']:>8}{row['generator_cpu']:>12}  {sum(row['statuses'].values())}, {row['statuses']}, {row['retry_after'] or '-'}")  # fmt: skip
-    print(
-        f"at 200 % the server used {report['server_cpu_at_200']:.2f} cores; X-Timeout-Ms {report['phases'][2]['timeout_ms']}"
-    )
+    for name, cpu in report["server_cpu_at_200"].items():
+        print(f"at {name} the server used {cpu:.2f} cores")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -222,10 +258,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             seconds = range(int(row["seconds"]))
             middle.step([start + s for s in seconds], [counts[s] for s in seconds], where="post", color=color)
         top.annotate(row["phase"], (start, 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=8)
-        if row["phase"] == "200 %":
-            bottom.plot(
-                [start + at for at, _ in report["memory_mib"]], [mib for _, mib in report["memory_mib"]]
-            )
+        if memory := report["memory_mib"].get(row["phase"]):
+            bottom.plot([start + at for at, _ in memory], [mib for _, mib in memory], color="tab:blue")
         start += row["seconds"]
         for axes in (top, middle, bottom):
             axes.axvline(start, color="lightgray", linewidth=0.8)
@@ -263,6 +297,7 @@ def main() -> None:
         report |= uvloop.run(measure(served, images, options))
     print_report(report)
     for limit in report["limits"]:
+        print(f"{limit['phase']:<17}", end="")
         print(Limit(**{name: limit[name] for name in ("name", "measured", "bound", "at_least")}).line())
     if options.plot:
         draw(report, options.plot)

@@ -5,8 +5,9 @@ the memory that it really uses, and never an image's place.
 """
 
 from collections.abc import Callable
+from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from topfive_server.errors import QueueFullError
 
@@ -46,6 +47,56 @@ class Admission:
             f"{self.bytes:,} bytes of images are in flight; the limit is {self.max_bytes:,}",
             retry_after_s=retry_after_s,
         )
+
+
+class WaitLimit:
+    """How long a request may have to wait for those before it, by the measured batch times.
+
+    A burst is no overload, and neither are many patient clients that each ask again when they are answered: they are
+    served, and wait as long as `max_wait` allows. Once that is too long for somebody, more comes than can be answered,
+    and nothing that waits shortens the queue: from then on only what waits briefly is let in, the least that still
+    fills batches well, until nobody has been refused for a while.
+    """
+
+    MAX_BATCHES: Final = 2.5
+    """`max_wait` where none is set, in full batches."""
+    LEAST_S: Final = 0.1
+    """Least that this comes to: on a fast device a pause of the machine is longer than its batches."""
+    OVERLOAD_BATCHES: Final = 0.25
+    """`overload_wait` where none is set, in full batches."""
+    OVERLOAD_LEAST_S: Final = 0.02
+    """Least that this comes to."""
+    CALM_S: Final = 1.0
+    """Seconds without a refusal after which the overload is over."""
+
+    def __init__(self, *, max_wait_s: float, overload_wait_s: float) -> None:
+        """In seconds; 0 takes the multiple of a full batch's time."""
+        self._max_wait_s = max_wait_s
+        self._overload_wait_s = overload_wait_s
+        self._refused_at = float("-inf")
+
+    def check(self, wait_s: float, *, full_batch_s: float) -> None:
+        """Refuse whoever would wait too long.
+
+        Args:
+            wait_s: predicted for this request.
+            full_batch_s: predicted time of a full batch.
+
+        Raises:
+            QueueFullError: longer than is allowed at present.
+        """
+        limit_s = self._max_wait_s or max(self.MAX_BATCHES * full_batch_s, self.LEAST_S)
+        now = monotonic()
+        if now - self._refused_at < self.CALM_S:
+            short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
+            limit_s = min(limit_s, self._overload_wait_s or short_s)
+        if wait_s > limit_s:
+            self._refused_at = now
+            raise QueueFullError(
+                f"the images before this one take {wait_s * 1000:.0f} ms; "
+                f"at the present load at most {limit_s * 1000:.0f} ms are waited for",
+                retry_after_s=wait_s - limit_s,
+            )
 
 
 class Ticket:

@@ -2,10 +2,11 @@
 
 A batch is committed as late as possible. While the engine works, images gather; when it is idle a lone image leaves
 at once, unless others are arriving or being decoded at that moment: then it waits for them, for at most a window
-counted from the first (or from when the engine became free, if the first had to wait for that anyway). When the engine
-has just finished and some images wait, it lingers for a moment: those who have just been answered tend to come back,
-and would else make batches of half the size for ever. Only a *full* batch is handed over while another computes (one, prefetched): nothing could be gained by
-waiting, and the engine goes from one to the next without a pause.
+counted from the first (or from when the engine became free, if the first had to wait for that anyway), which grows with
+the batch. When the engine has just finished and some images wait, it lingers for a moment: those who have just been
+answered tend to come back, and would else make batches of half the size for ever. Only a *full* batch is handed over
+while another computes (one, prefetched): nothing could be gained by waiting, and the engine goes from one to the next
+without a pause.
 
 Everything here runs on the event loop's thread, and all timing is on the monotonic clock.
 Shapes: B images of a batch, T top classes, C classes.
@@ -16,6 +17,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Final, Literal, Protocol
 
@@ -127,6 +129,10 @@ class _Queue:
     def push(self, job: Job) -> None:
         self._lanes[job.priority].append(job)
 
+    def before(self, priority: Priority) -> int:
+        """Images that go before one that is queued now."""
+        return len(self._lanes["interactive"]) if priority == "interactive" else len(self)
+
     def oldest(self) -> float:
         """When the image that has waited longest was queued; infinitely long ago when none waits."""
         return min((lane[0].queued_at for lane in self._lanes.values() if lane), default=float("-inf"))
@@ -147,17 +153,20 @@ class _Queue:
 class Arrival:
     """A request whose body is arriving. Ends with the body, or by itself when that is slow."""
 
-    __slots__ = ("_batcher", "_timer")
+    __slots__ = ("_batcher", "_priority", "_timer")
 
-    def __init__(self, batcher: "Batcher", loop: asyncio.AbstractEventLoop, patience_s: float) -> None:
+    def __init__(
+        self, batcher: "Batcher", priority: Priority, loop: asyncio.AbstractEventLoop, patience_s: float
+    ) -> None:
         self._batcher: Batcher | None = batcher
+        self._priority: Priority = priority
         self._timer = loop.call_later(patience_s, self.end)
 
     def end(self) -> None:
         """It is there, or no longer waited for."""
         if self._batcher is not None:
             self._timer.cancel()
-            self._batcher.withdraw()
+            self._batcher.withdraw(self._priority)
             self._batcher = None
 
 
@@ -177,8 +186,6 @@ class Batcher:
         self.max_batch = engine.info.max_batch
         self._parallel = engine.info.parallel
         self.times = BatchTimes()
-        self.expected = 0
-        """Images arriving or being decoded, which will be submitted (or withdrawn) soon."""
         self.last_success = float("-inf")
         """When a batch last came back whole, on the monotonic clock."""
         self.dead_because = ""
@@ -192,6 +199,7 @@ class Batcher:
         """When the engine last finished a batch."""
         self._loop = asyncio.get_running_loop()
         self._queue = _Queue()
+        self._expected: dict[Priority, int] = dict.fromkeys(PRIORITIES, 0)
         self._computing: dict[asyncio.Task[None], tuple[float, int]] = {}
         """Batches handed to the engine: when, and how many images."""
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
@@ -199,23 +207,28 @@ class Batcher:
 
     # ------------------------------------------------------------------ what the request path calls
 
-    def arriving(self) -> "Arrival":
+    def arriving(self, priority: Priority) -> "Arrival":
         """A request has begun to arrive; it is waited for like an image being decoded, but not if it is slow."""
-        self.expected += 1
-        return Arrival(self, self._loop, self._max_delay_s)
+        self.expect(priority)
+        return Arrival(self, priority, self._loop, self._max_delay_s)
 
-    def expect(self) -> None:
+    def expect(self, priority: Priority) -> None:
         """An image is going to be decoded."""
-        self.expected += 1
+        self._expected[priority] += 1
 
-    def withdraw(self) -> None:
+    def withdraw(self, priority: Priority) -> None:
         """An expected image does not come: it did not decode, or nobody wants it any more."""
-        self.expected -= 1
+        self._expected[priority] -= 1
         self._wake()
+
+    @property
+    def expected(self) -> int:
+        """Images arriving or being decoded, which will be submitted (or withdrawn) soon."""
+        return sum(self._expected.values())
 
     def submit(self, job: Job) -> None:
         """An expected image is decoded; its answer will come to `job.answer`."""
-        self.expected -= 1
+        self._expected[job.priority] -= 1
         job.queued_at = monotonic()
         if self.dead_because:
             job.fail(NotReadyError(self.dead_because, retry_after_s=5))
@@ -230,12 +243,20 @@ class Batcher:
 
     def seconds_until_answered(self, images: int = 1) -> float:
         """Measured estimate for images that are handed in now: what is before them, then themselves."""
+        return self._seconds(self.depth + self.expected + images)
+
+    def seconds_of_wait(self, priority: Priority) -> float:
+        """Measured estimate of what is before an image that is handed in now: the batches that must end first."""
+        expected = self._expected["interactive"] if priority == "interactive" else self.expected
+        return self._seconds(self._queue.before(priority) + expected)
+
+    def _seconds(self, images: int) -> float:
+        """Until the engine has computed what it has, and so many images more."""
         now = monotonic()
         running = sum(
             max(self.times.predict(size) - (now - since), 0) for since, size in self._computing.values()
         )
-        waiting = self.times.predict_queue(self.depth + self.expected + images, self.max_batch)
-        return (running + waiting) / self._parallel
+        return (running + self.times.predict_queue(images, self.max_batch)) / self._parallel
 
     async def close(self) -> None:
         """Answer everything that was expected or submitted, then end; the engine stays open."""
@@ -253,8 +274,7 @@ class Batcher:
             free_at = monotonic()
             if len(self._computing) < self._parallel:
                 await self._until(self._joined, deadline=self._free_since + self._linger_s())
-                begin = max(self._queue.oldest(), self._free_since)
-                await self._until(self._complete, deadline=begin + self._window_s())
+                await self._gather()
             batch = self._take(free_at)
             if batch:
                 compute = self._loop.create_task(self._compute(batch))
@@ -262,6 +282,16 @@ class Batcher:
                 compute.add_done_callback(self._computed)
             else:
                 self._wake()  # the queue is empty now, which `close` may be waiting for
+
+    async def _gather(self) -> None:
+        """Wait for those on their way, until none is, there is no room, or it is no longer worth it."""
+        begin = max(self._queue.oldest(), self._free_since)
+        while not self._complete():
+            size = len(self._queue)
+            deadline = begin + self._window_s(size)
+            if deadline <= monotonic():
+                return
+            await self._until(partial(self._grown, size), deadline=deadline)
 
     def _may_start(self) -> bool:
         waiting, computing = len(self._queue), len(self._computing)
@@ -273,6 +303,10 @@ class Batcher:
         """Nobody else is about to join the batch, or there is no room."""
         return self.expected == 0 or len(self._queue) >= self.max_batch
 
+    def _grown(self, size: int) -> bool:
+        """There is more to compute than so many images, or nobody else is about to come."""
+        return self._complete() or len(self._queue) != size
+
     def _joined(self) -> bool:
         """Somebody is about to join the batch, or there is no room."""
         return self.expected > 0 or len(self._queue) >= self.max_batch
@@ -281,13 +315,15 @@ class Batcher:
         """How long an engine that has just finished waits for somebody to come: less than a saved batch is worth."""
         return min(_LINGER_S, self.times.fixed / 2)
 
-    def _window_s(self) -> float:
-        """How long to wait for images that are on their way.
+    def _window_s(self, images: int) -> float:
+        """How long a batch of so many images waits for others that are on their way.
 
-        Where the engine and the decoders share the cores, waiting costs nothing: the cores are busy decoding. A
-        device of its own would idle, which pays only for as long as one batch less saves.
+        Where the engine and the decoders share the cores, waiting takes nothing from the throughput: the cores are busy
+        decoding. Somebody who just misses the batch waits until it is done, so that is as long as the batch may be
+        kept for him. A device of its own would idle, which pays only for as long as one batch less saves.
         """
-        return self._max_delay_s if self._shares_cores else min(self._max_delay_s, self.times.fixed)
+        times = self.times
+        return min(self._max_delay_s, times.predict(images) if self._shares_cores else times.fixed)
 
     def _take(self, free_at: float) -> list[Job]:
         """Up to `max_batch` images that somebody still waits for."""

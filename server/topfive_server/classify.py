@@ -150,9 +150,10 @@ class ClassifyEndpoint:
                 f"the body has {length:,} bytes; the limit is {self._config.max_body_bytes:,}"
             )
         self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(wish))
+        model.refuse_a_long_wait(wish.priority)
         if wish.has_deadline:
             self._refuse_if_late(model, 1, wish.timeout_s - self._receive_s.or_zero())
-        return model.batcher.arriving()
+        return model.batcher.arriving(wish.priority)
 
     def _refuse_if_late(self, model: ServedModel, images: int, left_s: float) -> float:
         """Seconds until images that are handed in now are answered, from what was measured.

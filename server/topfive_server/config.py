@@ -42,6 +42,10 @@ class ServerConfig:
     decode_threads: int = 0
     """Threads that decode images; 0 takes one for each core."""
 
+    max_wait_ms: float = 0.0
+    """Longest predicted wait behind other images; beyond it a request gets 429. 0: the time of 2.5 full batches, at least 100."""
+    overload_wait_ms: float = 0.0
+    """The same from the first such 429 until none was sent for a second. 0: the time of a quarter of a full batch, at least 20."""
     max_queue_images: int = 256
     """Images in flight from the moment their bytes are here until they are answered; more get 429."""
     max_queue_bytes: int = 512 * 1024 * 1024
@@ -99,6 +103,8 @@ class ServerConfig:
         self._within("decode_threads", 0, 4096)
         self._within("canary_percent", 0, 99)
         self._within("max_delay_ms", 0, 10_000)
+        for field in ("max_wait_ms", "overload_wait_ms"):
+            self._within(field, 0, 86_400_000)
         for field in ("max_queue_images", "max_images"):
             self._within(field, 1, 1_000_000)
         for field in ("max_queue_bytes", "max_body_bytes"):

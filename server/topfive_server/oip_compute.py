@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from topfive_server.batcher import Answer, Job
+from topfive_server.batcher import Answer, Job, Priority
 from topfive_server.config import ServerConfig
-from topfive_server.errors import DeadlineExceededError, RequestError, UnknownModelError
+from topfive_server.errors import DeadlineExceededError, QueueFullError, RequestError, UnknownModelError
 from topfive_server.models import Models
 from topfive_server.oip_codec import InferRequest, Interface, ProtocolError
 from topfive_server.receive import ClientGoneError
@@ -37,16 +37,24 @@ async def compute(
         jobs: empty; is filled with the images on their way.
 
     Raises:
+        QueueFullError: the wait would be too long.
         RequestError: one of them failed, or the deadline passed; then the whole request has.
         ClientGoneError: the client has left.
     """
     loop = asyncio.get_running_loop()
     deadline = started + min(request.timeout_s or config.request_timeout_s, config.request_timeout_s)
+    priority: Priority = "batch" if request.priority > 1 else "interactive"
+    try:
+        model.refuse_a_long_wait(priority)
+    except QueueFullError:
+        if gone is not None:
+            gone.close()  # nobody will await it
+        raise
     for image in request.images_NHWC:
-        job = Job(deadline=deadline, priority="batch" if request.priority > 1 else "interactive", loop=loop)
+        job = Job(deadline=deadline, priority=priority, loop=loop)
         job.image = image
         job.width = job.height = image.shape[0]
-        model.batcher.expect()
+        model.batcher.expect(priority)
         model.batcher.submit(job)
         jobs.append(job)
 

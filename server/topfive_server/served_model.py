@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from topfive_server.admission import WaitLimit
 from topfive_server.batcher import Answer, Batcher, Job, Priority
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool, Pixels
@@ -94,6 +95,9 @@ class ServedModel:
         self._probe: asyncio.Task[bool] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._closed = False
+        self._wait_limit = WaitLimit(
+            max_wait_s=config.max_wait_ms / 1000, overload_wait_s=config.overload_wait_ms / 1000
+        )
 
     @property
     def input_side(self) -> int:
@@ -134,7 +138,7 @@ class ServedModel:
         """Start decoding an image; `job.answer` will hold its predictions or a `RequestError`."""
         job = Job(deadline=deadline, priority=priority, loop=self._loop)
         batcher = self.batcher
-        batcher.expect()
+        batcher.expect(priority)
         started = monotonic()
 
         def decoded(job: Job, outcome: Pixels | RequestError | None) -> None:
@@ -143,7 +147,7 @@ class ServedModel:
                 job.image, job.width, job.height = outcome
                 batcher.submit(job)
                 return
-            batcher.withdraw()
+            batcher.withdraw(priority)
             if isinstance(outcome, RequestError):
                 job.fail(outcome)
             else:
@@ -151,6 +155,17 @@ class ServedModel:
 
         self._pool.decode(data, self.info.spec.preprocessing, self.input_side, job, decoded)
         return job
+
+    def refuse_a_long_wait(self, priority: Priority) -> None:
+        """Refuse a request that would wait too long; scoring (`batch`) waits as long as the queue is.
+
+        Raises:
+            QueueFullError: it would.
+        """
+        if priority == "interactive":
+            batcher = self.batcher
+            full_batch_s = batcher.times.predict(batcher.max_batch)
+            self._wait_limit.check(batcher.seconds_of_wait(priority), full_batch_s=full_batch_s)
 
     async def ready(self) -> bool:
         """Whether an image gets through now; sends the golden image unless a batch has just succeeded."""

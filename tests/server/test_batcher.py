@@ -53,7 +53,7 @@ class Bench:
         job = Job(deadline=monotonic() + timeout_s, priority=priority, loop=asyncio.get_running_loop())
         job.image = pixels(red)
         if not expected:
-            self.batcher.expect()
+            self.batcher.expect(priority)
         self.batcher.submit(job)
         return job
 
@@ -93,13 +93,14 @@ def test_a_lone_image_leaves_at_once() -> None:
 def test_an_idle_engine_waits_for_images_being_decoded() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(make_info()), max_delay_s=1000)
+        bench.batcher.times.calibrate([(1, 5.0), (8, 5.0)])
         for _ in range(3):
-            bench.batcher.expect()
+            bench.batcher.expect("interactive")
         bench.send(1, expected=True)
         bench.send(2, expected=True)
         await settle()
         assert bench.engine.batches == []
-        bench.batcher.withdraw()  # the third does not decode
+        bench.batcher.withdraw("interactive")  # the third does not decode
         await settle()
         assert bench.engine.batches == [[1, 2]]
 
@@ -117,7 +118,8 @@ def test_those_just_answered_may_join_the_next_batch() -> None:
         second = bench.send(2)
         bench.engine.gate.set()
         await first.answer
-        bench.batcher.expect()  # the first client is back at once, with an image still to be decoded
+        # The first client is back at once, with an image still to be decoded.
+        bench.batcher.expect("interactive")
         await settle()
         assert bench.engine.batches == [[1]]
         third = bench.send(3, expected=True)
@@ -147,7 +149,7 @@ def test_a_device_of_its_own_is_not_kept_waiting_for_longer_than_that_saves() ->
         info = dataclasses.replace(make_info(), device="cuda:0")
         bench = Bench(FakeEngine(info), max_delay_s=1000)
         bench.batcher.times.calibrate([(1, 0.02), (8, 0.02)])
-        bench.batcher.expect()
+        bench.batcher.expect("interactive")
         answer = await bench.send(1).answer
         assert 0.015 <= answer.batch_s < 10
 
@@ -157,7 +159,8 @@ def test_a_device_of_its_own_is_not_kept_waiting_for_longer_than_that_saves() ->
 def test_the_window_counts_from_the_first_image() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(make_info()), max_delay_s=0.05)
-        bench.batcher.expect()  # and it never comes
+        bench.batcher.times.calibrate([(1, 5.0), (8, 5.0)])
+        bench.batcher.expect("interactive")  # and it never comes
         first = bench.send(1)
         await asyncio.sleep(0.03)
         bench.send(2)
@@ -168,10 +171,25 @@ def test_the_window_counts_from_the_first_image() -> None:
     on_loop(test)
 
 
+def test_a_batch_is_kept_for_others_only_for_as_long_as_it_takes() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(make_info()), max_delay_s=1000)
+        bench.batcher.times.calibrate([(1, 0.2), (8, 8 * 0.2)])
+        bench.batcher.expect("interactive")  # and it never comes
+        first = bench.send(1)
+        await settle()
+        bench.send(2)
+        answer = await first.answer
+        assert bench.engine.batches == [[1, 2]]
+        assert 0.39 <= answer.batch_s < 10  # two are worth waiting for twice as long as one
+
+    on_loop(test)
+
+
 def test_a_full_batch_does_not_wait_for_the_window() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(make_info(max_batch=2)), max_delay_s=1000)
-        bench.batcher.expect()
+        bench.batcher.expect("interactive")
         bench.send(1)
         bench.send(2)
         await settle()
@@ -252,9 +270,9 @@ def test_only_the_guilty_image_fails() -> None:
 def test_a_batch_too_large_for_the_device_is_halved_until_it_fits() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(memory=2))
-        bench.batcher.expect()
+        bench.batcher.expect("interactive")
         jobs = [bench.send(red) for red in range(7)]
-        bench.batcher.withdraw()
+        bench.batcher.withdraw("interactive")
         await asyncio.gather(*(job.answer for job in jobs))
         assert [red_of(job) for job in jobs] == list(range(7))
         assert ("failed", "out-of-memory") in bench.log.events
@@ -289,9 +307,9 @@ def test_an_answer_with_the_wrong_number_of_rows_is_not_believed() -> None:
 
     async def test() -> None:
         bench = Bench(Short())
-        bench.batcher.expect()
+        bench.batcher.expect("interactive")
         jobs = [bench.send(red) for red in range(3)]
-        bench.batcher.withdraw()
+        bench.batcher.withdraw("interactive")
         await asyncio.gather(*(job.answer for job in jobs))
         assert [red_of(job) for job in jobs] == [0, 1, 2]  # one by one they are right
         assert ("failed", "error") in bench.log.events
@@ -371,11 +389,13 @@ class Script:
         self.expected = 0
 
     async def send(self, red: int, priority: Priority) -> None:
-        self.sent.append((red, self.bench.send(red, priority=priority, expected=self.expected > 0)))
+        expected = self.expected > 0
+        priority = "interactive" if expected else priority  # as `expect` has said
+        self.sent.append((red, self.bench.send(red, priority=priority, expected=expected)))
         self.expected -= self.expected > 0
 
     async def expect(self) -> None:
-        self.bench.batcher.expect()
+        self.bench.batcher.expect("interactive")
         self.expected += 1
 
     async def leave(self, index: int) -> None:
@@ -395,7 +415,7 @@ class Script:
     async def end(self) -> None:
         await self.release()
         for _ in range(self.expected):
-            self.bench.batcher.withdraw()
+            self.bench.batcher.withdraw("interactive")
         await self.bench.batcher.close()
 
 
@@ -452,6 +472,30 @@ def test_lateness_is_bounded_and_forgotten_when_nothing_teaches_it(monkeypatch: 
     for _ in range(10_000):
         lateness.observe(0.1, 0.01)
     assert lateness.factor == 1
+
+
+def test_the_wait_is_what_is_before_an_image_of_its_priority() -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(make_info(max_batch=4)))
+        wait = bench.batcher.seconds_of_wait
+        bench.batcher.times.calibrate([(1, 1000.0), (4, 1000.0)])
+        assert wait("interactive") == wait("batch") == 0  # however slow the model is
+        bench.engine.gate.clear()
+        bench.send(0, timeout_s=10_000)
+        await settle()
+        for red in range(3):
+            bench.send(red, priority="batch", timeout_s=10_000)
+        bench.batcher.expect("batch")
+        bench.batcher.expect("batch")
+        assert wait("interactive") == pytest.approx(1000, abs=20)  # scoring lets people go first
+        assert wait("batch") == pytest.approx(3000, abs=20)
+        for _ in range(3):
+            bench.batcher.expect("interactive")
+        assert wait("interactive") == pytest.approx(2000, abs=20)
+        assert wait("batch") == pytest.approx(3000, abs=20)
+        assert bench.batcher.expected == 5
+
+    on_loop(test)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[float]:
