@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.fuzz.budget import SECONDS, SEED
 from tests.server.onnx_models import write_model
-from tests.server.test_lifecycle import Process
+from tests.server.real_server import Process
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 ROOT = Path(__file__).parents[2]

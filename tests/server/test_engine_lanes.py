@@ -156,8 +156,7 @@ def test_an_engine_on_a_gpu_captures_alone(
 
     monkeypatch.setattr(onnx_engine, "GATE", Watched())
     monkeypatch.setattr(onnx_engine, "open_session", lambda *_: session)
-    lane = onnx_engine.DeviceLane
-    monkeypatch.setattr(onnx_engine, "DeviceLane", lambda *a, **k: lane(*a, **{**k, "memory": "cpu"}))
+    monkeypatch.setattr(onnx_engine, "DeviceLane", lambda *a, **k: DeviceLane(*a, **{**k, "memory": "cpu"}))
     version = Repository(tmp_path).read("tiny")
     engine = OnnxEngine(version, Device(kind="cuda", reason="test"), RuntimeOptions(max_batch=4))
 

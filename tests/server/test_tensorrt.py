@@ -116,7 +116,7 @@ class FakeSession:
 def test_tensorrt_comes_first_with_one_profile_and_a_folder_for_each_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, fp16: str
 ) -> None:
-    monkeypatch.setattr(session.onnxruntime, "InferenceSession", FakeSession)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeSession)
     model = read(tmp_path / "models", precision)
     options = RuntimeOptions(tensorrt=True, tensorrt_cache=tmp_path / "kept", max_batch=48)
     open_session(model, CUDA, options)

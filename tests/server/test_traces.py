@@ -18,7 +18,7 @@ import pytest
 from tests.server.fakes import picture
 from tests.server.harness import Reply, eventually
 from tests.server.onnx_models import write_model
-from tests.server.test_lifecycle import Process, run
+from tests.server.real_server import Process, run
 
 trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 
