@@ -18,8 +18,11 @@ IMAGES ?= demo/images/val
 # How long each fuzzer of `make fuzz` looks, in seconds.
 FUZZ_SECONDS ?= 300
 AUDIT ?= .venv-audit
+# The other servers' environments, and the repository of the one file that all of them serve.
+COMPARE ?= .venv-compare
+SAME ?= same
 
-.PHONY: help demo test lint format nightly triton-env bench fuzz audit lock clean
+.PHONY: help demo test lint format nightly triton-env bench compare-env compare fuzz audit lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +47,12 @@ nightly: lint triton-env  ## Everything: the slow tests and those with a real Tr
 
 bench: $(VENV)/.dev  ## Requests per second against what the machine can decode and infer (after make demo; needs wrk)
 	$(BIN)/python benchmarks/serve.py $(MODELS) $(IMAGES) $(ARGS)
+
+compare-env:  ## The servers that topfive is compared with, each in an environment of its own
+	@scripts/compare_environments.sh $(COMPARE)
+
+compare: $(VENV)/.dev  ## Topfive against them: SAME=repository that all serve, MODELS=topfive's own (after make compare-env)
+	$(BIN)/python benchmarks/compare.py $(SAME) $(IMAGES) --own $(MODELS) --environments $(COMPARE) $(ARGS)
 
 fuzz: $(VENV)/.dev  ## Fuzz the decoder, the parsers and a running server, FUZZ_SECONDS=300 each
 	TOPFIVE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz $(ARGS)
@@ -75,4 +84,4 @@ $(AUDIT)/.stamp: scripts/environment.sh
 	@touch $@
 
 clean:  ## Remove the environment, caches and the demo's files
-	rm -rf $(VENV) $(TRITON) $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo
+	rm -rf $(VENV) $(TRITON) $(AUDIT) $(COMPARE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo

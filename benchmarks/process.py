@@ -1,4 +1,4 @@
-"""A `topfive serve` of its own for a benchmark, and what it takes from the machine."""
+"""A server of its own for a benchmark, topfive's or another, and what it takes from the machine."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -40,24 +40,54 @@ class Served:
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
+def free_port(count: int = 1) -> int:
+    """The first of `count` successive ports of 127.0.0.1 on which nobody listens."""
+    while True:
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            first = probes.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            for following in range(port + 1, port + count):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", following))
+            return port
+
+
+def serving(
+    models: Path, flags: Sequence[str] = (), *, patience_s: float = 120.0
+) -> contextlib.AbstractContextManager[Served]:
+    """Start `topfive serve` on a free port, wait until it is ready, end it afterwards; see `running`."""
+    port = free_port()
+    program = str(Path(sys.executable).with_name("topfive"))
+    command = [program, "serve", str(models), "--port", str(port), "--no-log-requests", *flags]
+    return running(command, f"http://127.0.0.1:{port}", ready="/readyz", patience_s=patience_s)
+
+
 @contextlib.contextmanager
-def serving(models: Path, flags: Sequence[str] = (), *, patience_s: float = 120.0) -> Iterator[Served]:
-    """Start a server on a free port, wait until it is ready, end it afterwards.
+def running(
+    command: Sequence[str],
+    url: str,
+    *,
+    ready: str,
+    environment: Mapping[str, str] | None = None,
+    patience_s: float = 120.0,
+) -> Iterator[Served]:
+    """Start a server, wait until it answers `GET <url><ready>`, end it and all of its processes afterwards.
 
     Raises:
         SystemExit: it ended, or was not ready within `patience_s` seconds; with its last words.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = str(Path(sys.executable).with_name("topfive"))
-    command = [program, "serve", str(models), "--port", str(port), "--no-log-requests", *flags]
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            # A group of its own: workers that outlive their server would disturb the next measurement.
+            start_new_session=True,
+        )
         try:
-            url = f"http://127.0.0.1:{port}"
-            while not _ready(url):
+            while not _ready(url + ready):
                 if process.poll() is not None or time.monotonic() > started + patience_s:
                     log.seek(0)
                     words = log.read()[-2000:].decode(errors="replace")
@@ -71,11 +101,13 @@ def serving(models: Path, flags: Sequence[str] = (), *, patience_s: float = 120.
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+        with urllib.request.urlopen(url, timeout=5):
             return True
     except (OSError, urllib.error.URLError):
         return False

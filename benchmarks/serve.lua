@@ -1,8 +1,13 @@
--- wrk script: POST the images of a folder in turn, as raw bodies; prints one line of JSON at the end.
+-- wrk script: POST the files of a folder in turn, as raw bodies; prints one line of JSON at the end.
+-- Its arguments: the folder, and any number of headers ("Name: value").
 local requests, position = {}, 0
 
 function init(arguments)
   local headers = { ["Content-Type"] = "application/octet-stream" }
+  for position = 2, #arguments do
+    local name, value = arguments[position]:match("^([^:]+): *(.*)$")
+    headers[name] = value
+  end
   for path in io.popen('ls -d "' .. arguments[1] .. '"/*'):lines() do
     local file = io.open(path, "rb")
     requests[#requests + 1] = wrk.format("POST", wrk.path, headers, file:read("*a"))

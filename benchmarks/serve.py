@@ -175,21 +175,29 @@ def server(models: Path, device: str, variant: str, flags: Sequence[str]) -> Ite
         process.wait(60)
 
 
-def load(url: str, folder: Path, connections: int, seconds: float) -> dict[str, Any]:
-    """One run of wrk, with the batches that the server saw."""
-    before = batches(url)
+def wrk(
+    url: str, folder: Path, connections: int, seconds: int, headers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One run of wrk, which POSTs the folder's files in turn; `headers` are `Name: value`."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "60s", "-s", str(LUA)]
     output = subprocess.run(
-        [*command, f"{url}/v1/classify", "--", str(folder)], check=True, capture_output=True, text=True
+        [*command, url, "--", str(folder), *headers], check=True, capture_output=True, text=True
     ).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    count, images = (after - earlier for after, earlier in zip(batches(url), before, strict=True))
     result["rate"] = result["requests"] / result["seconds"]
-    result["mean_batch"] = images / count if count else 0.0
     if result["bad_status"] or result["socket_errors"]:
         print(
             f"  {result['bad_status']} bad answers, {result['socket_errors']} socket errors", file=sys.stderr
         )
+    return result
+
+
+def load(url: str, folder: Path, connections: int, seconds: int) -> dict[str, Any]:
+    """One run of wrk, with the batches that the server saw."""
+    before = batches(url)
+    result = wrk(f"{url}/v1/classify", folder, connections, seconds)
+    count, images = (after - earlier for after, earlier in zip(batches(url), before, strict=True))
+    result["mean_batch"] = images / count if count else 0.0
     return result
 
 
