@@ -5,12 +5,17 @@ the other servers. Triton batches the requests; this model decodes the batch on 
 """
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as utils
-from benchmarks.servers.common import Classifier, Decoder
+
+# The interpreter inside Triton's backend does not look there by itself.
+sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+from benchmarks.servers.common import Classifier, Decoder  # noqa: E402
 
 
 class TritonPythonModel:
