@@ -169,6 +169,31 @@ def test_a_named_configuration_file_must_exist(
 
 
 @pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot be read"), (b"[work]\nepochs = [", "is not TOML"), (b"\xff\xd8\xff", "is not TOML")],
+    ids=["folder", "broken", "picture"],
+)
+def test_a_configuration_file_that_cannot_be_used_is_named(
+    content: bytes | None,
+    says: str,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "mine.toml"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    monkeypatch.setenv("TOPFIVE_CONFIG", str(file))
+    monkeypatch.setenv("COLUMNS", "500")
+    assert run("work", "here") == 2
+    error = capsys.readouterr().err
+    assert f"{file} {says}" in error
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["nosuch"], "the commands are work, hard-work"),

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownCommandError
@@ -22,6 +23,20 @@ class _Environment(Env):
         return super()._prefix(commands).replace("-", "_")
 
 
+class _File(Toml):
+    """A configuration file; one that cannot be read is named (cyclopts says only why, and fails on some reasons)."""
+
+    def _load_config(self, path: Path) -> dict[str, Any]:
+        try:
+            return super()._load_config(path)
+        except OSError as error:
+            raise CycloptsError(
+                msg=f"The configuration file {path} cannot be read: {error.strerror}"
+            ) from error
+        except ValueError as error:
+            raise CycloptsError(msg=f"The configuration file {path} is not TOML: {error}") from error
+
+
 def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
     """The application with `commands`, ready to run `tokens`.
 
@@ -37,7 +52,7 @@ def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
         version=__version__,
         config=(
             _Environment("TOPFIVE_"),
-            Toml(named or "topfive.toml", must_exist=named is not None, allow_unknown=False),
+            _File(named or "topfive.toml", must_exist=named is not None, allow_unknown=False),
         ),
         exit_on_error=False,
         error_formatter=lambda error: _format_error(error, commands),
