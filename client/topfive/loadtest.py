@@ -132,7 +132,7 @@ async def run(
         say: told what is about to happen.
 
     Raises:
-        LoadTestError: not one request was answered.
+        LoadTestError: not one image was classified.
         ApiError: the server cannot be asked at all.
     """
     points: list[Point] = []
@@ -144,7 +144,8 @@ async def run(
         if config.warmup_s:
             await closed_loop(ask, 4, config.warmup_s)
         for connections in config.connections:
-            say(f"closed loop, {connections} connections, {config.duration_s:g} s")
+            many = "" if connections == 1 else "s"
+            say(f"closed loop, {connections} connection{many}, {config.duration_s:g} s")
             points.append(await closed_loop(ask, connections, config.duration_s))
 
         async def try_rate(rate: float) -> Point:
@@ -154,7 +155,11 @@ async def run(
 
         best = max((point.rate for point in points), default=0.0)
         if not config.rates and best == 0.0:
-            raise LoadTestError(f"no request to {url} was answered: {dict(points[0].errors)}")
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in points[0].errors.items())
+            raise LoadTestError(
+                f"no image was classified by {url} ({reasons}), so there is nothing to measure; "
+                "`topfive classify` with one of them says why"
+            )
         for rate in config.rates or (() if config.p99_ms else [share * best for share in _SWEEP]):
             await try_rate(rate)
         if config.p99_ms is not None:

@@ -240,7 +240,7 @@ def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(
     captured = capsys.readouterr()
     assert "closed 4" in captured.out
     assert "open 40.0/s" in captured.out
-    assert "closed loop, 1 connections" in captured.err
+    assert "closed loop, 1 connection," in captured.err
     report = json.loads((tmp_path / "out.json").read_text())
     assert [(p["loop"], p["asked"]) for p in report["points"]] == [
         ("closed", 1),
@@ -289,6 +289,53 @@ def test_a_folder_without_images_an_absent_server_and_a_missing_library(
     assert main(["load-test", server.url, str(folder), "--plot", "x.png"]) == 1
     assert "pip install 'topfive[plot]'" in capsys.readouterr().err
     assert server.requests == [], "it fails before the load"
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_an_output_that_cannot_be_written_is_found_out_before_the_load(
+    option: str, server: FakeServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "absent" / "x"
+    assert main(["load-test", server.url, str(folder), option, str(output)]) == 1
+    assert str(output) in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_an_earlier_output_stays_when_the_load_fails(
+    server: FakeServer, nobody: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    for name in ("old.json", "new.json"):
+        assert main(["load-test", nobody, str(folder), "--json", str(tmp_path / name)]) == 3
+    assert [path.name for path in tmp_path.glob("*.json")] == ["old.json"]
+    assert (tmp_path / "old.json").read_text() == "{}"
+
+
+def test_images_that_the_server_refuses_are_not_called_unanswered(
+    server: FakeServer, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models: Answer = (200, {}, b'{"models": []}')
+    server.script = [models, *[refusal(415, "unsupported-format", "no image")] * 10_000]
+    arguments = ["load-test", server.url, str(folder), "--connections", "1", "--duration-s", "0.2"]
+    assert main([*arguments, "--warmup-s", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "no image was classified" in error
+    assert " x 415)" in error
+
+
+def test_the_pictures_latencies_are_marked_so_that_they_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: saved.append(figure))
+    draw([point_at(10, 5.0), point_at(20, 900.0)], None, tmp_path / "x.png")
+    [figure] = saved
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    shown = [text for text in axes.get_yticklabels(which="both") if text.get_text()]
+    boxes = sorted((text.get_window_extent() for text in shown), key=lambda box: box.y0)
+    assert len(boxes) >= 4
+    assert all(lower.y1 <= upper.y0 for lower, upper in itertools.pairwise(boxes))
 
 
 def test_a_picture_of_nothing_but_errors_can_be_drawn(tmp_path: Path) -> None:

@@ -48,8 +48,11 @@ def load_test(
         api_key: key that the server asks for; better given as `TOPFIVE_API_KEY`.
     """
     config = config or LoadTestConfig()
+    # Fail before the load, not after it.
     if plot is not None:
-        _pyplot()  # fail before the load, not after it
+        _pyplot()
+    for output in filter(None, (json_path, plot)):
+        _see_writable(output)
     bodies = read_images(images, config.max_image_bytes)
     console = Console(stderr=True, highlight=False)
     points, models = asyncio.run(run(url, bodies, config, api_key=api_key, say=console.print))
@@ -70,6 +73,18 @@ def load_test(
         draw(points, config.p99_ms, plot)
     missed = config.p99_ms is not None and best is None
     return 1 if missed or any(point.errors for point in points if point.loop == "closed") else 0
+
+
+def _see_writable(path: Path) -> None:
+    """That a file can be written there; an existing one stays as it is.
+
+    Raises:
+        OSError: it cannot.
+    """
+    existed = path.exists()
+    path.open("ab").close()
+    if not existed:
+        path.unlink()
 
 
 def read_images(paths: Sequence[Path], max_bytes: int) -> list[bytes]:
@@ -169,7 +184,7 @@ def draw(points: Sequence[Point], p99_ms: float | None, path: Path) -> None:
         if point.loop == "closed" and point.answered:
             axes.plot(point.rate, point.p99_ms, "s", color="tab:gray")
             style = {"fontsize": 8, "color": "dimgray", "ha": "center", "textcoords": "offset points"}
-            text = f"{point.asked:.0f} connections"
+            text = f"{point.asked:.0f} connection{'' if point.asked == 1 else 's'}"
             axes.annotate(text, (point.rate, point.p99_ms), xytext=(0, 7), **style)
     axes.plot([], [], "s", color="tab:gray", label="p99, closed loop")
     if p99_ms is not None:
@@ -177,8 +192,10 @@ def draw(points: Sequence[Point], p99_ms: float | None, path: Path) -> None:
     axes.set(
         yscale="log", xlabel="requests per second", ylabel="latency in ms, from the time the request was due"
     )
+    # Not a number at each of a decade's nine lines: they would overlap.
+    axes.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.margins(x=0.1, y=0.15)
     axes.set_xlim(left=0)
     axes.grid(visible=True, which="both", alpha=0.3)
