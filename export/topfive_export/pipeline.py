@@ -340,10 +340,15 @@ def _without_paths(spec: ModelSpec) -> ModelSpec:
 
 def _summary(report: dict[str, Any]) -> str:
     agreement = report["agreement"]
+    # The share that the gate has judged by.
+    if report["limits"]["near_ties_excused"]:
+        same = f"{agreement['top1_agreement']:.1%} of {agreement['decided_top1']} decided"
+    else:
+        same = f"{agreement['top1_agreement_all']:.1%} of {agreement['images']}"
     times = ", ".join(f"{ms:.1f} ms for {size}" for size, ms in report["latency_ms"]["batch"].items())
     return (
         f"agrees (largest probability difference {agreement['probability_difference']:.1g}, "
-        f"top-1 {agreement['top1_agreement']:.1%} of {agreement['decided_top1']} decided); "
+        f"top-1 {same}); "
         f"{report['file']['bytes'] / 1e6:.0f} MB; {times}"
     )
 

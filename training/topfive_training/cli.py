@@ -178,7 +178,7 @@ def _print_tables(result: Evaluation) -> None:
     console.print(f"top-5 error {_percent(result.top5_error)}")
     table = Table("class", "images", "top-1 accuracy", "top-5 accuracy")
     for row in result.classes:
-        table.add_row(escape(row.label), f"{row.top1.of:,}", _percent(row.top1), _percent(row.top5))
+        table.add_row(escape(row.label), f"{row.top1.of:,}", _briefly(row.top1), _briefly(row.top5))
     console.print(table)
     if result.confusions:
         table = Table("class", "taken for", "images")
@@ -191,6 +191,11 @@ def _print_tables(result: Evaluation) -> None:
 
 def _percent(share: Share) -> str:
     return f"{share.share:.2%} ({share.low:.2%} to {share.high:.2%})"
+
+
+def _briefly(share: Share) -> str:
+    """So that a class has one line in a terminal of 80 columns."""
+    return f"{share.share:.1%} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
 def _print_recipe(recipe: Recipe) -> None:
