@@ -76,6 +76,47 @@ def test_what_is_no_photo_gets_the_servers_sentence(page: Page, tmp_path: Path) 
     assert "not an image of an allowed format" in page.locator(".answer").inner_text()
 
 
+def test_several_photos_stay_in_their_order_and_the_newest_are_on_top(page: Page, tmp_path: Path) -> None:
+    first, second, third = (str(picture(tmp_path, red)) for red in (1, 2, 3))
+    page.set_input_files("input[type=file]", [first])
+    page.locator(".bars").nth(0).wait_for()
+    page.set_input_files("input[type=file]", [second, third])
+    page.locator(".bars").nth(2).wait_for()
+    assert page.locator("figcaption").all_inner_texts() == ["red2.png", "red3.png", "red1.png"]
+
+
+def test_the_same_photo_can_be_chosen_again(page: Page, tmp_path: Path) -> None:
+    photo = str(picture(tmp_path, 4))
+    for times in (1, 2):
+        page.set_input_files("input[type=file]", photo)
+        page.locator(".bars").nth(times - 1).wait_for(timeout=5000)
+
+
+def test_a_folder_is_not_taken_for_a_server_that_is_gone(page: Page) -> None:
+    # What Chromium makes of a dropped folder: a file of which nothing can be read.
+    page.evaluate(
+        """() => {
+            const folder = new File([], "photos");
+            folder.slice = () => ({ arrayBuffer: () => Promise.reject(new DOMException("", "NotFoundError")) });
+            const drop = new Event("drop");
+            drop.dataTransfer = { files: [folder] };
+            window.dispatchEvent(drop);
+        }"""
+    )
+    page.locator(".answer .error").wait_for()
+    assert "this is a folder" in page.locator(".answer").inner_text()
+
+
+def test_a_page_of_something_in_between_is_no_riddle(page: Page, tmp_path: Path) -> None:
+    page.route(
+        "**/v1/classify",
+        lambda route: route.fulfill(status=200, content_type="text/html", body="<p>Please log in</p>"),
+    )
+    page.set_input_files("input[type=file]", str(picture(tmp_path, 5)))
+    page.locator(".answer .error").wait_for()
+    assert "the answer is no JSON (status 200)" in page.locator(".answer").inner_text()
+
+
 def test_the_pages_own_curl_line_works(page: Page, server: Harness) -> None:
     assert (
         page.locator("#curl").inner_text() == f"curl -T photo.jpg http://127.0.0.1:{server.port}/v1/classify"

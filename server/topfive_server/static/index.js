@@ -22,8 +22,7 @@ function card(file) {
   const answer = element("div", "answer");
   answer.append(element("p", "quiet", "Looking…"));
   node.append(figure, answer);
-  results.prepend(node);
-  return answer;
+  return { file, node, answer };
 }
 
 function bar({ label, probability }) {
@@ -43,14 +42,18 @@ function bar({ label, probability }) {
   return row;
 }
 
-async function classify(file) {
-  const answer = card(file);
+// A folder is dropped as a file that cannot be read, which fetch reports as if the server were gone.
+const readable = (file) => file.slice(0, 1).arrayBuffer().then(() => true, () => false);
+
+async function classify({ file, answer }) {
   const started = performance.now();
   try {
+    if (!(await readable(file))) throw new Error("this is a folder, or a file that the browser cannot read; drop the photos themselves");
     const response = await fetch("/v1/classify", { method: "POST", body: file, headers: headers() });
-    const body = await response.json();
+    // Not ours: a proxy's page, say.
+    const body = await response.json().catch(() => ({ detail: `the answer is no JSON (status ${response.status}); is something else in front of the server?` }));
     by("keyline").hidden = response.status !== 401 && !key.value;
-    if (!response.ok) throw new Error(body.detail);
+    if (!response.ok || !body.images) throw new Error(body.detail);
     const list = element("ol", "bars");
     list.append(...body.images[0].top.map(bar));
     const { width, height } = body.images[0];
@@ -63,10 +66,15 @@ async function classify(file) {
 }
 
 async function classifyAll(files) {
-  for (const file of files) await classify(file);
+  const cards = files.map(card);
+  results.prepend(...cards.map(({ node }) => node));
+  for (const each of cards) await classify(each);
 }
 
-input.addEventListener("change", () => { classifyAll([...input.files]); });
+input.addEventListener("change", () => {
+  classifyAll([...input.files]);
+  input.value = ""; // or the same photo, chosen again, would be no change
+});
 for (const type of ["dragenter", "dragover"]) {
   addEventListener(type, (event) => { event.preventDefault(); drop.classList.add("over"); });
 }
