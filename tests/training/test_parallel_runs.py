@@ -1,11 +1,14 @@
 import os
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from tests.training.train_runs import environment, paint_photographs, train_command
 from torch import Tensor
 
 from topfive_training.checkpoint import load_tensors
@@ -62,3 +65,25 @@ def test_a_run_goes_on_in_another_way(tmp_path: Path, data: Path, monkeypatch: p
         weights, _ = load_tensors(tmp_path / mode / "model.safetensors")
         assert torch.equal(weights["fc7.weight"], found["network.fc7.weight"])
         assert weights.keys() == load_tensors(tmp_path / "whole" / "model.safetensors")[0].keys()
+
+
+def test_ctrl_c_while_the_processes_start_is_no_traceback(tmp_path: Path) -> None:
+    data = paint_photographs(tmp_path / "photographs", 4)
+    with subprocess.Popen(
+        train_command(data, tmp_path / "run", "--processes", "2", "--epochs", "1"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        # The resource tracker, and two ranks that import by now.
+        while len(children.read_text().split()) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        printed, _ = process.communicate(timeout=120)
+    assert "Traceback" not in printed
+    assert process.returncode == 130

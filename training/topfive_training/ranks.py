@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Final, Self
@@ -196,19 +197,36 @@ def launch(processes: int, body: Callable[..., int], *arguments: Any) -> int:
             return body(ranks, *arguments)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
-    children, reports = [], []
-    for rank in range(processes):
-        ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(
-            target=_child,
-            args=(_Place(rank=rank, size=processes, port=store.port), theirs, body, arguments),
-            name=f"rank{rank}",
-        )
-        child.start()
-        theirs.close()
-        children.append(child)
-        reports.append(ours)
-    return _supervise(children, reports)
+    children: list[Any] = []
+    reports: list[Connection] = []
+    with _forwarding(children) as asked:
+        with _ctrl_c_waits():
+            for rank in range(processes):
+                ours, theirs = context.Pipe(duplex=False)
+                child = context.Process(
+                    target=_child,
+                    args=(_Place(rank=rank, size=processes, port=store.port), theirs, body, arguments),
+                    name=f"rank{rank}",
+                )
+                child.start()
+                theirs.close()
+                children.append(child)
+                reports.append(ours)
+        return _supervise(children, reports, asked)
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Hold SIGINT back, here and in the processes started meanwhile, which take it when they are ready for it.
+
+    They import for seconds, in the terminal's group still, and each would end in a traceback of whatever it imported.
+    """
+    resource_tracker.ensure_running()  # which would let the signal through when the first process starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +240,9 @@ def _child(place: _Place, report: Connection, body: Callable[..., int], argument
     # Out of the terminal's group: Ctrl-C reaches the parent alone, which passes it on once.
     os.setpgid(0, 0)
     _end_with_parent()
+    # Until the run takes the signals over there is nothing to save; what was held back ends this process here.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         store = TCPStore("127.0.0.1", place.port, is_master=False)
         with joined(place.rank, place.size, place.rank, place.size, store) as ranks:
@@ -257,8 +278,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _supervise(children: list[Any], reports: list[Connection]) -> int:
-    """Wait for all ranks; pass signals on; end all when one fails."""
+@contextlib.contextmanager
+def _forwarding(children: list[Any]) -> Iterator[list[int]]:
+    """Pass signals on to every rank, the second one as SIGKILL; gives the list of those that have come."""
     asked: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -268,6 +290,15 @@ def _supervise(children: list[Any], reports: list[Connection]) -> int:
                 os.kill(child.pid, number if len(asked) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _supervise(children: list[Any], reports: list[Connection], asked: list[int]) -> int:
+    """Wait for all ranks; end all when one fails."""
     try:
         running = list(children)
         while running:
@@ -285,8 +316,6 @@ def _supervise(children: list[Any], reports: list[Connection]) -> int:
             if child.is_alive():
                 child.kill()
             child.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 _ENDED_BY_SIGNAL: Final = frozenset(128 + number for number in SIGNALS)
