@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -45,8 +46,11 @@ CHECKED = 5
 TOLERANCE = 1e-4
 """Most that a probability may differ: the same file on the same processor."""
 
+DISTURBED = 0.05
+"""Share of the cores' time that others may take from a turn; with more, its figures are worth nothing."""
+
 Turn = dict[str, Any]
-"""One server in one round: `round`, `name`, `ready_s`, `load` by connections."""
+"""One server in one round: `round`, `name`, `ready_s`, `load` by connections, `others`."""
 
 
 # ---------------------------------------------------------------------- the order, and what came out
@@ -74,6 +78,8 @@ class Cell:
     """The rounds' median."""
     failed: int
     """Bad answers and socket errors of all rounds."""
+    disturbed: int
+    """Rounds in which other work took more than `DISTURBED` of the cores."""
 
     def text(self) -> str:
         """For the table: the median rate and, after it, the median of the ratios with their range."""
@@ -81,7 +87,8 @@ class Cell:
         if self.ratios:
             low, high = min(self.ratios), max(self.ratios)
             ratio = f" ({statistics.median(self.ratios):.2f}; {low:.2f}-{high:.2f})"
-        return f"{statistics.median(self.rates):.0f}{ratio}{' FAILED' * bool(self.failed)}"
+        marks = " FAILED" * bool(self.failed) + " DISTURBED" * bool(self.disturbed)
+        return f"{statistics.median(self.rates):.0f}{ratio}{marks}"
 
 
 def summarize(
@@ -91,6 +98,7 @@ def summarize(
     rates = {
         (turn["round"], turn["name"], int(c)): load for turn in turns for c, load in turn["load"].items()
     }
+    others = {(turn["round"], turn["name"]): turn.get("others", 0.0) for turn in turns}
     rows = {}
     for name in names:
         mine = sorted({turn["round"] for turn in turns if turn["name"] == name})
@@ -106,6 +114,7 @@ def summarize(
                 ),
                 p99_ms=statistics.median(rates[number, name, c]["p99_ms"] for number in mine),
                 failed=sum(rates[number, name, c]["failed"] for number in mine),
+                disturbed=sum(others[number, name] > DISTURBED for number in mine),
             )
             for c in connections
         ]
@@ -125,6 +134,15 @@ def table(rows: Mapping[str, Sequence[Cell]], connections: Sequence[int]) -> str
 
 
 # ---------------------------------------------------------------------- one turn
+
+
+def niced_and_stolen_s(stat: Path = Path("/proc/stat")) -> float:
+    """Seconds of the cores that went to niced processes and to other guests of the hypervisor since the machine started.
+
+    Neither a server nor wrk is niced: what is, is work of others that somebody thought would not matter. It does.
+    """
+    _, _, nice, _, _, _, _, _, steal, *_ = stat.read_text().split(maxsplit=10)
+    return (int(nice) + int(steal)) / os.sysconf("SC_CLK_TCK")
 
 
 def ask(url: str, contestant: Contestant, image: bytes) -> Answer:
@@ -284,14 +302,22 @@ def run(
         if started + longest > until:
             print("the time is up; call again with the same file to go on", file=sys.stderr)
             return
+        others_s = niced_and_stolen_s()
         turn = comparison.turn(number, name, reference)
-        longest = max(longest, time.monotonic() - started)
+        took_s = time.monotonic() - started
+        turn["others"] = (niced_and_stolen_s() - others_s) / took_s / (os.cpu_count() or 1)
+        longest = max(longest, took_s)
         report["turns"].append(turn)
         save()
         rates = ", ".join(
             f"{c}: {load['rate']:.1f}" for c, load in sorted(turn["load"].items(), key=lambda x: int(x[0]))
         )
         print(f"round {number + 1}, {name} (ready after {turn['ready_s']:.1f} s): {rates}", flush=True)
+        if turn["others"] > DISTURBED:
+            print(
+                f"  other work took {turn['others']:.0%} of the cores meanwhile: repeat it on a quiet machine",
+                flush=True,
+            )
 
 
 @contextlib.contextmanager

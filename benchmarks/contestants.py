@@ -125,14 +125,14 @@ def contestants() -> dict[str, Contestant]:
         ),
         Contestant(
             name="MLServer",
-            settings="adaptive batches of up to 32, 2 ms window; one worker, decoding on threads, one session on all cores; base64 in JSON",
+            settings="adaptive batches of up to 32, 2 ms window; one process, decoding on threads, one session on all cores; base64 in JSON",
             path="/v2/models/classify/infer",
             body="v2",
             headers=("Content-Type: application/json",),
             answer=lambda answer: list(json.loads(answer["outputs"][0]["data"][0])["top"]),
             environment="mlserver",
             module="with_mlserver",
-            ready="/v2/health/ready",
+            ready="/v2/models/classify/ready",  # the server itself is ready before its model
         ),
         Contestant(
             name="Ray Serve",

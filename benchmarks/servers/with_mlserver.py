@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-from benchmarks.servers.common import MAX_BATCH, Classifier, Decoder, port, workers
+from benchmarks.servers.common import MAX_BATCH, Classifier, Decoder, port
 from mlserver import MLModel, MLServer, ModelSettings, Settings
 from mlserver.codecs import Base64Codec, StringCodec
 from mlserver.settings import ModelParameters
@@ -35,7 +35,7 @@ async def main() -> None:
         http_port=port(),
         grpc_port=port() + 1,
         metrics_port=port() + 2,
-        parallel_workers=workers(),
+        parallel_workers=0,  # its worker processes do not start with the uvloop of today
         debug=False,
     )
     model = ModelSettings(

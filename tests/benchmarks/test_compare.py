@@ -33,9 +33,9 @@ LABELS: Answer = [
 ]
 
 
-def turn(number: int, name: str, rate: float, failed: int = 0) -> dict[str, Any]:
+def turn(number: int, name: str, rate: float, failed: int = 0, others: float = 0.0) -> dict[str, Any]:
     load = {"1": {"rate": rate, "p99_ms": 10.0, "failed": failed}}
-    return {"round": number, "name": name, "ready_s": 1.0, "load": load}
+    return {"round": number, "name": name, "ready_s": 1.0, "load": load, "others": others}
 
 
 # ---------------------------------------------------------------------- the order and the table
@@ -74,6 +74,21 @@ def test_a_server_that_failed_requests_is_marked() -> None:
     assert text.splitlines()[0] == "| requests/s at | 1 | p99 ms |"
     assert "| other | 300 (3.00; 3.00-3.00) FAILED | 10 |" in text
     assert text.count("FAILED") == 1
+
+
+def test_a_turn_that_others_disturbed_is_marked() -> None:
+    turns = [turn(0, "topfive", 100, others=0.04), turn(0, "other", 30, others=0.4)]
+    rows = summarize(turns, ["topfive", "other"], [1])
+    assert rows["topfive"][0].text() == "100"
+    assert rows["other"][0].text() == "30 (0.30; 0.30-0.30) DISTURBED"
+
+
+def test_work_of_others_is_what_is_niced_or_stolen(tmp_path: Path) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    (tmp_path / "stat").write_text(
+        f"cpu  1 {2 * ticks} 3 4 5 6 7 {3 * ticks} 8 9\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
+    )
+    assert compare.niced_and_stolen_s(tmp_path / "stat") == 5
 
 
 def test_the_ceiling_has_no_latency() -> None:
