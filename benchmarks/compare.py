@@ -47,7 +47,7 @@ TOLERANCE = 1e-4
 """Most that a probability may differ: the same file on the same processor."""
 
 DISTURBED = 0.05
-"""Share of the cores' time that others may take from a turn; with more, its figures are worth nothing."""
+"""Share of the cores' time that other guests of the machine may take from a turn; more, and its figures are worth nothing."""
 
 Turn = dict[str, Any]
 """One server in one round: `round`, `name`, `ready_s`, `load` by connections, `others`."""
@@ -79,7 +79,7 @@ class Cell:
     failed: int
     """Bad answers and socket errors of all rounds."""
     disturbed: int
-    """Rounds in which other work took more than `DISTURBED` of the cores."""
+    """Rounds in which other guests took more than `DISTURBED` of the cores."""
 
     def text(self) -> str:
         """For the table: the median rate and, after it, the median of the ratios with their range."""
@@ -136,13 +136,10 @@ def table(rows: Mapping[str, Sequence[Cell]], connections: Sequence[int]) -> str
 # ---------------------------------------------------------------------- one turn
 
 
-def niced_and_stolen_s(stat: Path = Path("/proc/stat")) -> float:
-    """Seconds of the cores that went to niced processes and to other guests of the hypervisor since the machine started.
-
-    Neither a server nor wrk is niced: what is, is work of others that somebody thought would not matter. It does.
-    """
-    _, _, nice, _, _, _, _, _, steal, *_ = stat.read_text().split(maxsplit=10)
-    return (int(nice) + int(steal)) / os.sysconf("SC_CLK_TCK")
+def stolen_s(stat: Path = Path("/proc/stat")) -> float:
+    """Seconds of the cores that the hypervisor gave to other guests since the machine started."""
+    steal = int(stat.read_text().split(maxsplit=9)[8])
+    return steal / os.sysconf("SC_CLK_TCK")
 
 
 def ask(url: str, contestant: Contestant, image: bytes) -> Answer:
@@ -302,10 +299,10 @@ def run(
         if started + longest > until:
             print("the time is up; call again with the same file to go on", file=sys.stderr)
             return
-        others_s = niced_and_stolen_s()
+        others_s = stolen_s()
         turn = comparison.turn(number, name, reference)
         took_s = time.monotonic() - started
-        turn["others"] = (niced_and_stolen_s() - others_s) / took_s / (os.cpu_count() or 1)
+        turn["others"] = (stolen_s() - others_s) / took_s / (os.cpu_count() or 1)
         longest = max(longest, took_s)
         report["turns"].append(turn)
         save()
@@ -315,7 +312,7 @@ def run(
         print(f"round {number + 1}, {name} (ready after {turn['ready_s']:.1f} s): {rates}", flush=True)
         if turn["others"] > DISTURBED:
             print(
-                f"  other work took {turn['others']:.0%} of the cores meanwhile: repeat it on a quiet machine",
+                f"  other guests took {turn['others']:.0%} of the cores meanwhile: repeat it on a quiet machine",
                 flush=True,
             )
 

@@ -98,5 +98,6 @@ class DecodePool:
 def _yield_to_others() -> None:
     """Let whoever has almost an answer have the core first: the engine, whose threads wait for each other, and the loop."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        me = threading.get_native_id()
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            os.setpriority(os.PRIO_PROCESS, me, max(_NICE, os.getpriority(os.PRIO_PROCESS, me)))
