@@ -113,7 +113,7 @@ def test_other_answers_make_the_comparison_void() -> None:
 def test_a_measurement_waits_for_what_the_one_before_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     durations = iter([1.0, 0.4, 0.03, 0.03, 0.03, 9.0])
-    monkeypatch.setattr(compare.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("benchmarks.compare.time.monotonic", lambda: clock[0])
 
     def request() -> None:
         clock[0] += next(durations)
@@ -125,7 +125,7 @@ def test_a_measurement_waits_for_what_the_one_before_left_behind(monkeypatch: py
 
 def test_a_server_that_never_settles_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(compare.time, "monotonic", lambda: float(2 ** len(asked)))
+    monkeypatch.setattr("benchmarks.compare.time.monotonic", lambda: float(2 ** len(asked)))
     compare.settle(lambda: asked.append(1), most=7)
     assert len(asked) == 7
 
