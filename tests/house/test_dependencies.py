@@ -29,6 +29,10 @@ ALLOWED_EXTRAS = {
 """Which of pyproject.toml's extras the code of a folder may count on, besides the base dependencies."""
 
 
+ELSEWHERE = ROOT / "benchmarks" / "servers"
+"""Run in environments of their own, with the requirements that lie beside them."""
+
+
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
@@ -98,7 +102,10 @@ def test_pins_are_exact_and_satisfy_what_is_declared() -> None:
 def imported_distributions(folder: Path) -> dict[str, str]:
     """Top-level modules that the Python files of a folder import, each with one file that does."""
     found: dict[str, str] = {}
-    for file in sorted(folder.rglob("*.py")):
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*.py"))
+    for file in files:
+        if ELSEWHERE in file.parents and file != folder:
+            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names: list[str] = []
             if isinstance(node, ast.Import):
@@ -123,3 +130,17 @@ def test_what_is_imported_is_declared(folder: str) -> None:
         assert names & declared, (
             f"{file} imports {module}, which pyproject.toml does not declare for {folder}"
         )
+
+
+@pytest.mark.parametrize("service", sorted(path.stem for path in ELSEWHERE.glob("with_*.py")))
+def test_what_a_service_of_the_comparison_imports_is_in_its_requirements(service: str) -> None:
+    lines = (ELSEWHERE / "requirements" / f"{service.removeprefix('with_')}.txt").read_text(encoding="utf-8")
+    installed = {canonicalize_name(Requirement(line).name) for line in lines.splitlines()}
+    provided_by = {"triton_python_backend_utils": "nvidia-pytriton", "PIL": "pillow"}
+    # The part that all share is imported by each.
+    imported = imported_distributions(ELSEWHERE / f"{service}.py") | imported_distributions(
+        ELSEWHERE / "common.py"
+    )
+    for module in imported.keys() - sys.stdlib_module_names - OWN:
+        names = {canonicalize_name(provided_by.get(module, module)), f"{module}-gpu"}
+        assert names & installed, f"{service}.py imports {module}, which its requirements do not name"
