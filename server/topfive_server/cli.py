@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import socket
@@ -48,6 +49,7 @@ def serve(
     """
     logs.configure(config.log_format)
     keep_large_buffers()
+    gc.freeze()  # what was imported stays; the collector need not look through it again and again
     try:
         listener = listen(config.host, config.port)
     except (OSError, OverflowError) as error:

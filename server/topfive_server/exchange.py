@@ -21,6 +21,8 @@ _PROBLEM: Final = (b"content-type", b"application/problem+json")
 _NO_STORE: Final = (b"cache-control", b"no-store")
 _CLOSE: Final = (b"connection", b"close")
 _NO_SNIFF: Final = (b"x-content-type-options", b"nosniff")
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False)
+"""`json.dumps` makes one for each call."""
 
 
 class Exchange:
@@ -102,7 +104,7 @@ class Exchange:
 
     async def answer_json(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""
-        await self._respond(status, json.dumps(body, ensure_ascii=False, allow_nan=False).encode(), [_JSON])
+        await self._respond(status, _ENCODER.encode(body).encode(), [_JSON])
 
     async def answer_problem(self, error: RequestError, **members: object) -> None:
         """Answer with an `application/problem+json` document (RFC 9457)."""

@@ -2,8 +2,8 @@
 
 import json
 import logging
+import random
 import re
-import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +13,8 @@ REQUESTS: Final = "topfive_server.requests"
 """Name of the logger that writes one line for each request."""
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, default=str)
+"""`json.dumps` makes one for each call."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -20,7 +22,8 @@ def request_id(sent: bytes | None) -> str:
     """The client's `X-Request-ID` where it is harmless in a log and a header, else a new one."""
     if sent is not None and _REQUEST_ID.fullmatch(sent):
         return sent.decode("ascii")
-    return secrets.token_hex(8)
+    # Not a secret. The system's generator would cost a system call, in which the event loop gives the interpreter away.
+    return f"{random.getrandbits(64):016x}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -43,7 +46,7 @@ class JsonFormatter(logging.Formatter):
         line.update(_fields(record))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _ENCODER.encode(line)
 
 
 class TextFormatter(logging.Formatter):
@@ -82,6 +85,8 @@ def configure(
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     # A client that leaves while it is answered is no error of ours.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    # Neither form says them, and every record would ask for them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.raiseExceptions = False  # a closed stderr must not end a request
 
 

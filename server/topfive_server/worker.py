@@ -7,6 +7,7 @@ it has accepted and ends, too.
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
@@ -57,6 +58,7 @@ def main(share: Share, models: Path, control: socket.socket, line: socket.socket
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OBEYED)  # the parent blocked them until here
     keep_large_buffers()
+    gc.freeze()  # what was imported stays; the collector need not look through it again and again
     logs.configure(share.config.log_format, common={"worker": share.number})
     patience_s = share.config.drain_timeout_s + _ORPHAN_S
     threading.Thread(target=_end_with_parent, args=(patience_s,), daemon=True).start()

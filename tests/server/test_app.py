@@ -245,6 +245,12 @@ def test_the_request_id_comes_back_or_is_made(server: Harness) -> None:
         assert re.fullmatch("[0-9a-f]{16}", made)
 
 
+def test_every_request_without_an_id_gets_one_of_its_own(server: Harness) -> None:
+    made = {server.request("GET", "/healthz").headers["x-request-id"] for _ in range(50)}
+    assert len(made) == 50
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in made)
+
+
 def test_models(server: Harness) -> None:
     models = server.request("GET", "/v1/models").json["models"]
     assert [(m["name"], m["version"], m["default"]) for m in models] == [
