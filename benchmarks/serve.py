@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from topfive.allocator import keep_large_buffers
 from topfive.preprocessing import decode
 from topfive_server.devices import cores, resolve
 from topfive_server.onnx_engine import OnnxEngine
@@ -53,6 +54,7 @@ class InProcess:
     """Decode and infer without HTTP."""
 
     def __init__(self, version_: ModelVersion, images: Sequence[bytes], device: str) -> None:
+        keep_large_buffers()  # as the server does
         self._engine = OnnxEngine(version_, resolve(device), RuntimeOptions(max_batch=max(BATCHES)))
         self._preprocessing = version_.spec.preprocessing
         self._side = version_.input_side
