@@ -22,7 +22,7 @@ from topfive_server.devices import DeviceError, resolve_all
 from topfive_server.engine import EngineError
 from topfive_server.everywhere import Everywhere
 from topfive_server.handover import Handover, Line
-from topfive_server.lifecycle import EXIT_LOST, url_of
+from topfive_server.lifecycle import EXIT_LOST, admit_the_last, url_of
 from topfive_server.metrics import Metrics
 from topfive_server.reload import ReloadPolicy
 from topfive_server.serving import Offer, StartError, computing
@@ -316,6 +316,7 @@ class Parent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_delay_s):
                 await self._forced.wait()
+        await admit_the_last([self._listener])
         self._handover.finish()
         for worker in serving:
             worker.line.finish()

@@ -129,6 +129,8 @@ class Load:
                     connection = None
             except (OSError, http.client.HTTPException):
                 self._count("lost")
+                if connection is not None:
+                    connection.close()
                 connection = None
 
     def _count(self, outcome: str) -> None:

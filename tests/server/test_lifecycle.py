@@ -1,9 +1,12 @@
 """Starting, stopping and not starting: real processes, real signals, and a client that counts."""
 
+import asyncio
+import contextlib
 import json
 import re
 import signal
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from tests.server.real_server import Load, Process, run
 
 from topfive_server import cli, logs
 from topfive_server.config import ServerConfig
+from topfive_server.lifecycle import accept_all, admit_the_last, listen
 from topfive_server.serving import StartError
 
 
@@ -37,6 +41,21 @@ def test_sigterm_under_load_loses_nothing(repository: Path) -> None:
         messages = [line["message"] for line in process.log]
         assert "draining" in messages
         assert messages[-1] == "stopped"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets have filters on Linux only")
+def test_nobody_is_accepted_only_to_be_reset_when_the_listener_closes() -> None:
+    with contextlib.closing(listen("127.0.0.1", 0)) as listener:
+        listener.listen()
+        address = listener.getsockname()
+        with socket.create_connection(address, 1) as before:
+            asyncio.run(admit_the_last([listener]))
+            with pytest.raises(TimeoutError):  # not answered: a handshake would promise a reply
+                socket.create_connection(address, 0.2)
+            (accepted,) = accept_all(listener)
+            with accepted:
+                before.sendall(b"a request")
+                assert accepted.recv(9) == b"a request"
 
 
 def test_during_the_drain_everything_is_served_but_readiness_says_no() -> None:

@@ -104,9 +104,9 @@ def test_connections_are_dealt_out_evenly_and_metrics_are_of_all(models: Path) -
         # Sequential connections go round, too.
         for _ in range(4):
             process.request("GET", "/healthz")
+        assert process.stop() == 0
         rounds = [line["worker"] for line in process.log if line.get("path") == "/healthz"]
         assert sorted(rounds) == [1, 1, 2, 2]
-        assert process.stop() == 0
 
 
 def test_a_killed_worker_costs_only_its_own_connections_and_comes_back(models: Path) -> None:
