@@ -18,7 +18,7 @@ from topfive._images import ImageSource, Upload, load
 from topfive._protocol import Conversation, Options, Reply, Send, Sleep, Steps, T
 from topfive._results import Classification, Failure, Model
 from topfive._retry import RetryBudget, RetryPolicy
-from topfive._settings import LIMITS, Settings
+from topfive._settings import LIMITS, Priority, Settings
 
 
 class AsyncClient:
@@ -39,10 +39,11 @@ class AsyncClient:
         api_key: str | None = None,
         timeout: float | httpx2.Timeout | None = None,
         retry: RetryPolicy | None = None,
+        priority: Priority | None = None,
         verify: ssl.SSLContext | bool = True,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._settings = Settings.make(url, api_key, timeout, retry)
+        self._settings = Settings.make(url, api_key, timeout, retry, priority)
         self._verify = verify
         self._transport = transport
         self.reset()

@@ -17,7 +17,7 @@ from topfive._images import ImageSource, Upload, load
 from topfive._protocol import Conversation, Options, Reply, Send, Sleep, Steps, T
 from topfive._results import Classification, Failure, Model
 from topfive._retry import RetryBudget, RetryPolicy
-from topfive._settings import LIMITS, Settings
+from topfive._settings import LIMITS, Priority, Settings
 
 
 class Client:
@@ -35,11 +35,12 @@ class Client:
         timeout: seconds for each phase of a request, or an `httpx2.Timeout` with the phases apart; by default 5 s to
             connect and 30 s for the others.
         retry: when to ask again; see `RetryPolicy`.
+        priority: `batch` lets the requests of others go first; sent as `X-Priority`, by default nothing is.
         verify: how TLS certificates are checked: True for the usual authorities, or an `ssl.SSLContext`.
         transport: replaces the network, in tests or to go through a socket of your own.
 
     Raises:
-        ClientError: the address is not http:// or https://.
+        ClientError: the address is not http:// or https://, or a time limit or priority makes no sense.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Client:
         api_key: str | None = None,
         timeout: float | httpx2.Timeout | None = None,
         retry: RetryPolicy | None = None,
+        priority: Priority | None = None,
         verify: ssl.SSLContext | bool = True,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        self._settings = Settings.make(url, api_key, timeout, retry)
+        self._settings = Settings.make(url, api_key, timeout, retry, priority)
         self._verify = verify
         self._transport = transport
         self._closed = False

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import httpx2
 
@@ -10,6 +10,8 @@ from topfive._protocol import Options
 from topfive._retry import RetryPolicy
 from topfive._version import __version__
 from topfive.errors import TopfiveError
+
+Priority: TypeAlias = Literal["interactive", "batch"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "TOPFIVE_URL"
@@ -45,11 +47,12 @@ class Settings:
         api_key: str | None,
         timeout: float | httpx2.Timeout | None,
         retry: RetryPolicy | None,
+        priority: Priority | None,
     ) -> "Settings":
         """From a client's arguments and the environment.
 
         Raises:
-            ClientError: an address without http:// or https://, or a time limit that is none.
+            ClientError: an address without http:// or https://, or a time limit or a priority that is none.
         """
         url = url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
@@ -64,6 +67,10 @@ class Settings:
         api_key = api_key or os.environ.get(API_KEY_VARIABLE)
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
+        if priority is not None:
+            if priority not in get_args(Priority):
+                raise ClientError(f"priority is {priority!r}; it must be {' or '.join(get_args(Priority))}")
+            headers["X-Priority"] = priority
         return cls(
             url=url.rstrip("/"),
             headers=headers,

@@ -104,6 +104,7 @@ def test_every_file_gets_the_answer_for_its_own_bytes(photos: Path, tmp_path: Pa
     requests = [request for request in fake.requests if request.path == "/v1/classify"]
     assert {len(request.parts) for request in requests} == {10, FILES % 10}
     assert {(request.query["model"], request.query["version"]) for request in requests} == {("alexnet", "1")}
+    assert {request.headers["x-priority"] for request in requests} == {"batch"}
     assert 1 < fake.busiest <= 3
 
 

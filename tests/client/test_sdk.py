@@ -60,6 +60,12 @@ def ask(kind: str, fake: FakeServer) -> Ask:
     return call
 
 
+@pytest.mark.parametrize("kind", [topfive.Client, topfive.AsyncClient])
+def test_a_priority_that_is_none_is_named(kind: type) -> None:
+    with pytest.raises(topfive.ClientError, match="priority is 'urgent'; it must be interactive or batch"):
+        kind(priority="urgent")
+
+
 def test_exported_names_are_sorted_complete_and_importable() -> None:
     assert topfive.__all__ == sorted(topfive.__all__)
     for name in topfive.__all__:
@@ -90,6 +96,7 @@ def test_classify_returns_what_the_server_said(ask: Ask, fake: FakeServer) -> No
     assert sent.headers["content-type"] == "application/octet-stream"
     assert sent.headers["user-agent"] == f"topfive-python/{topfive.__version__}"
     assert "authorization" not in sent.headers
+    assert "x-priority" not in sent.headers
     assert "x-timeout-ms" not in sent.headers
 
 

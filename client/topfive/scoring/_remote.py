@@ -282,8 +282,8 @@ class RemoteScorer:
 
 
 def patient_client(url: str | None, **options: object) -> Client:
-    """A client that leaves the retries to `RemoteScorer`, which can be stopped while it waits."""
-    return Client(url, retry=RetryPolicy(attempts=1), **options)  # type: ignore[arg-type]
+    """A client that leaves the retries to `RemoteScorer`, which can be stopped while it waits, and lets people go first."""
+    return Client(url, retry=RetryPolicy(attempts=1), priority="batch", **options)  # type: ignore[arg-type]
 
 
 def _choose(models: Sequence[Model], name: str | None, version: str | None, url: str) -> Model:
