@@ -14,93 +14,24 @@ Shapes: B images of a batch, T top classes, C classes.
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from topfive_server.engine import Engine, EngineDead, EngineError, EngineOutOfMemory, Predictions
-from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError, RequestError
+from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
 from topfive_server.estimate import BatchTimes
+from topfive_server.job import PRIORITIES, Answer, Job, Priority, Queue
 
 log = logging.getLogger(__name__)
-
-Priority = Literal["interactive", "batch"]
-PRIORITIES: Final[tuple[Priority, ...]] = ("interactive", "batch")
 
 _LINGER_S: Final = 0.003
 """Most seconds that an engine that has just finished waits for those it has answered to come back."""
 _SURELY: Final = 0.8
 """Share of the predicted time that a batch will surely take."""
-_AGING: Final = 8
-"""After this many batches without one, a batch of `interactive` images takes the longest-waiting `batch` image along."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Answer:
-    """One image's predictions and where its time went, in seconds."""
-
-    probabilities_T: NDArray[np.float32]
-    classes_T: NDArray[np.int64]
-    scores_C: NDArray[np.float32]
-    queue_s: float
-    """From decoded until the engine was free for it."""
-    batch_s: float
-    """From then until its batch was complete."""
-    infer_s: float
-    """In the engine."""
-    batch_size: int
-
-
-class Job:
-    """One image on its way through the server."""
-
-    __slots__ = (
-        "answer",
-        "deadline",
-        "decode_s",
-        "height",
-        "image",
-        "priority",
-        "queued_at",
-        "ready_at",
-        "width",
-    )
-
-    def __init__(self, *, deadline: float, priority: Priority, loop: asyncio.AbstractEventLoop) -> None:
-        self.answer: asyncio.Future[Answer] = loop.create_future()
-        """Resolved once; cancelled when the client has left or the deadline has passed."""
-        self.deadline = deadline
-        """On the monotonic clock, as every time here."""
-        self.priority = priority
-        self.image: NDArray[np.uint8] | None = None
-        """RGB [crop, crop, 3], once decoded; dropped again with the answer."""
-        self.width = self.height = 0
-        """Pixels of the original, upright, once decoded."""
-        self.decode_s = 0.0
-        """From handed in until decoded, waiting for a decode thread included."""
-        self.queued_at = self.ready_at = 0.0
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anybody still waits for the answer."""
-        return not self.answer.done()
-
-    @property
-    def unwanted_because(self) -> str:
-        """`client-gone` or `deadline`, when `wanted` is false before there was an answer."""
-        return "client-gone" if self.answer.cancelled() else "deadline"
-
-    def fail(self, error: RequestError) -> None:
-        """Answer with an error, unless it was answered already."""
-        self.image = None
-        if not self.answer.done():
-            self.answer.set_exception(error)
 
 
 class Observer(Protocol):
@@ -114,40 +45,6 @@ class Observer(Protocol):
 
     def dropped(self, stage: str, reason: str) -> None:
         """An image was dropped before `decode` or before the `engine`; `client-gone` or `deadline`."""
-
-
-class _Queue:
-    """Waiting images in two classes; people first, scoring fills up."""
-
-    def __init__(self) -> None:
-        self._lanes: dict[Priority, deque[Job]] = {priority: deque() for priority in PRIORITIES}
-        self._passed_over = 0
-
-    def __len__(self) -> int:
-        return sum(map(len, self._lanes.values()))
-
-    def push(self, job: Job) -> None:
-        self._lanes[job.priority].append(job)
-
-    def before(self, priority: Priority) -> int:
-        """Images that go before one that is queued now."""
-        return len(self._lanes["interactive"]) if priority == "interactive" else len(self)
-
-    def oldest(self) -> float:
-        """When the image that has waited longest was queued; infinitely long ago when none waits."""
-        return min((lane[0].queued_at for lane in self._lanes.values() if lane), default=float("-inf"))
-
-    def pop(self, count: int) -> list[Job]:
-        people, scoring = self._lanes["interactive"], self._lanes["batch"]
-        taken = [people.popleft() for _ in range(min(count, len(people)))]
-        if scoring and len(taken) == count:
-            self._passed_over += 1
-            if self._passed_over >= _AGING:  # scoring yields, but never starves
-                people.appendleft(taken.pop())
-        if len(taken) < count and scoring:
-            self._passed_over = 0
-            taken += [scoring.popleft() for _ in range(min(count - len(taken), len(scoring)))]
-        return taken
 
 
 class Arrival:
@@ -179,10 +76,14 @@ class Batcher:
         *,
         observer: Observer,
         on_dead: Callable[[str], None],
+        decode_s: Callable[[], float] = lambda: 0.0,
         max_delay_s: float = 0.05,
         engine_timeout_s: float = 30.0,
     ) -> None:
-        """Start the loop; `on_dead` is called once, with the reason, when the engine has to be rebuilt."""
+        """Start the loop; `on_dead` is called once, with the reason, when the engine has to be rebuilt.
+
+        `decode_s`: measured seconds for which an image's decoding occupies the cores.
+        """
         self.max_batch = engine.info.max_batch
         self._parallel = engine.info.parallel
         self.times = BatchTimes()
@@ -192,13 +93,17 @@ class Batcher:
         self._engine = engine
         self._observer = observer
         self._on_dead = on_dead
+        # Elsewhere an image is decoded while others are computed.
+        self._decode_s = decode_s if engine.info.takes_turns else lambda: 0.0
+        self.counts_decoding = engine.info.takes_turns
+        """Whether the estimates below include the decoding."""
         self._max_delay_s = max_delay_s
         self._engine_timeout_s = engine_timeout_s
         self._shares_cores = engine.info.device == "cpu"
         self._free_since = float("-inf")
         """When the engine last finished a batch."""
         self._loop = asyncio.get_running_loop()
-        self._queue = _Queue()
+        self._queue = Queue()
         self._expected: dict[Priority, int] = dict.fromkeys(PRIORITIES, 0)
         self._computing: dict[asyncio.Task[None], tuple[float, int]] = {}
         """Batches handed to the engine: when, and how many images."""
@@ -243,20 +148,26 @@ class Batcher:
 
     def seconds_until_answered(self, images: int = 1) -> float:
         """Measured estimate for images that are handed in now: what is before them, then themselves."""
-        return self._seconds(self.depth + self.expected + images)
+        return self._seconds(self.depth, self.expected + images)
 
     def seconds_of_wait(self, priority: Priority) -> float:
         """Measured estimate of what is before an image that is handed in now: the batches that must end first."""
         expected = self._expected["interactive"] if priority == "interactive" else self.expected
-        return self._seconds(self._queue.before(priority) + expected)
+        return self._seconds(self._queue.before(priority), expected)
 
-    def _seconds(self, images: int) -> float:
+    @property
+    def full_batch_s(self) -> float:
+        """Measured estimate for a full batch, with the decoding of its images where nothing computes meanwhile."""
+        return self.times.predict(self.max_batch) + self.max_batch * self._decode_s()
+
+    def _seconds(self, decoded: int, undecoded: int) -> float:
         """Until the engine has computed what it has, and so many images more."""
         now = monotonic()
         running = sum(
             max(self.times.predict(size) - (now - since), 0) for since, size in self._computing.values()
         )
-        return (running + self.times.predict_queue(images, self.max_batch)) / self._parallel
+        more = self.times.predict_queue(decoded + undecoded, self.max_batch)
+        return (running + more) / self._parallel + undecoded * self._decode_s()
 
     async def close(self) -> None:
         """Answer everything that was expected or submitted, then end; the engine stays open."""
@@ -321,9 +232,12 @@ class Batcher:
         Where the engine and the decoders share the cores, waiting takes nothing from the throughput: the cores are busy
         decoding. Somebody who just misses the batch waits until it is done, so that is as long as the batch may be
         kept for him. A device of its own would idle, which pays only for as long as one batch less saves.
+
+        What decoding a full batch takes is not waiting, where nothing is decoded while a batch computes.
         """
         times = self.times
-        return min(self._max_delay_s, times.predict(images) if self._shares_cores else times.fixed)
+        patience_s = self._max_delay_s + self.max_batch * self._decode_s()
+        return min(patience_s, times.predict(images) if self._shares_cores else times.fixed)
 
     def _take(self, free_at: float) -> list[Job]:
         """Up to `max_batch` images that somebody still waits for."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from topfive_server.admission import Admission, Ticket
-from topfive_server.batcher import PRIORITIES, Answer, Arrival, Job, Priority
+from topfive_server.batcher import Arrival, Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
@@ -28,6 +28,7 @@ from topfive_server.errors import (
 )
 from topfive_server.estimate import Average, Lateness
 from topfive_server.exchange import Exchange
+from topfive_server.job import PRIORITIES, Answer, Job, Priority
 from topfive_server.models import Models
 from topfive_server.receive import (
     CHUNKS,
@@ -75,12 +76,14 @@ class ClassifyEndpoint:
         self._lateness = Lateness()
 
     async def __call__(self, exchange: Exchange, receive: Receive) -> None:
-        """Answer one request; every `RequestError` becomes its problem document."""
+        """Answer one request.
+
+        Raises:
+            RequestError: it cannot be served; to be answered with its problem document.
+        """
         exchange.route = "/v1/classify"
         try:
             await self._classify(exchange, receive)
-        except RequestError as error:
-            await exchange.answer_problem(error)
         except ClientGoneError:
             exchange.code = "client-gone"
 
@@ -161,7 +164,7 @@ class ClassifyEndpoint:
         Raises:
             DeadlineUnreachableError: more than `left_s`.
         """
-        predicted_s = model.batcher.seconds_until_answered(images) + self._decode_s.or_zero()
+        predicted_s = self._seconds_until_answered(model.batcher, images)
         needed_s = predicted_s * self._lateness.factor
         if needed_s > left_s:
             raise DeadlineUnreachableError(
@@ -259,9 +262,13 @@ class ClassifyEndpoint:
                 batcher = self._models.get(wish.model, wish.version).batcher
             except RequestError:
                 return 5.0
-            return batcher.seconds_until_answered(0) + self._decode_s.or_zero()
+            return self._seconds_until_answered(batcher, 0)
 
         return seconds
+
+    def _seconds_until_answered(self, batcher: Batcher, images: int) -> float:
+        seconds = batcher.seconds_until_answered(images)
+        return seconds if batcher.counts_decoding else seconds + self._decode_s.or_zero()
 
 
 def read_wish(exchange: Exchange, config: ServerConfig) -> Wish:

@@ -5,29 +5,25 @@ by `admission`, which counts every image in flight.
 """
 
 import asyncio
-import contextlib
 import logging
-import os
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple, TypeVar
+from time import perf_counter
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topfive.model_spec import Preprocessing
 from topfive.preprocessing import ImageError, decode
-from topfive_server.batcher import Job
+from topfive_server.config import available_cores
 from topfive_server.errors import InternalError, NotReadyError, RequestError, from_image_error
+from topfive_server.estimate import Average
+from topfive_server.job import Job
+from topfive_server.turns import TURNS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-_NICE: Final = 10
-"""Of the decoding threads; the event loop and the engine have 0."""
 
 
 class Pixels(NamedTuple):
@@ -43,8 +39,11 @@ class DecodePool:
     """Runs `topfive.preprocessing.decode` on threads."""
 
     def __init__(self, *, threads: int, max_pixels: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_yield_to_others)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._max_pixels = max_pixels
+        self._at_once = min(threads, available_cores())
+        self._each_s = Average()
+        """Of one thread for one image."""
         self._loop = asyncio.get_running_loop()
 
     def decode(
@@ -60,6 +59,11 @@ class DecodePool:
         `done` gets the pixels, an error, or None when nobody wanted the image any more and nothing was decoded.
         """
         self._threads.submit(self._decode, data, preprocessing, side, job, done)
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Seconds for each of many images when all threads decode, as measured; 0 while nothing is known."""
+        return self._each_s.or_zero() / self._at_once
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run other long work (unpacking a large body) on one of the threads."""
@@ -78,13 +82,16 @@ class DecodePool:
         done: Callable[[Job, Pixels | RequestError | None], None],
     ) -> None:
         outcome: Pixels | RequestError | None
+        TURNS.wait()
         # A future's state may be read from another thread; being late by a moment costs one decode.
         if not job.wanted:
             outcome = None
         else:
+            begun = perf_counter()
             try:
                 decoded = decode(data, preprocessing, crop=side, max_pixels=self._max_pixels)
                 outcome = Pixels(np.asarray(decoded.image), decoded.width, decoded.height)
+                self._each_s.observe(perf_counter() - begun)  # from several threads; a lost one is no loss
             except ImageError as error:
                 outcome = from_image_error(error)
             except MemoryError:
@@ -93,11 +100,3 @@ class DecodePool:
                 log.exception("decoding failed in a way that has no name")
                 outcome = InternalError("the image could not be decoded because of a mistake in the server")
         self._loop.call_soon_threadsafe(done, job, outcome)
-
-
-def _yield_to_others() -> None:
-    """Let whoever has almost an answer have the core first: the engine, whose threads wait for each other, and the loop."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        me = threading.get_native_id()
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, me, max(_NICE, os.getpriority(os.PRIO_PROCESS, me)))

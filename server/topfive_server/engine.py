@@ -41,6 +41,8 @@ class EngineInfo:
     """`ModelVersion.fingerprint`: SHA-256 of the model's files and its preprocessing."""
     parallel: int = 1
     """Batches that it computes at the same time: 1 for one device, more for a fleet."""
+    takes_turns: bool = False
+    """Whether it computes on all the cores that decode, which wait meanwhile."""
 
 
 class Predictions(NamedTuple):

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from topfive._version import __version__
 from topfive_server.admission import Admission, Ticket
-from topfive_server.batcher import Answer
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
@@ -24,6 +23,7 @@ from topfive_server.errors import (
     TooLargeError,
 )
 from topfive_server.exchange import Exchange
+from topfive_server.job import Answer
 from topfive_server.models import Models
 from topfive_server.oip_codec import (
     HEADER_LENGTH,

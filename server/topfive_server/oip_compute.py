@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from topfive_server.batcher import Answer, Job, Priority
 from topfive_server.config import ServerConfig
 from topfive_server.errors import DeadlineExceededError, QueueFullError, RequestError, UnknownModelError
+from topfive_server.job import Answer, Job, Priority
 from topfive_server.models import Models
 from topfive_server.oip_codec import InferRequest, Interface, ProtocolError
 from topfive_server.receive import ClientGoneError

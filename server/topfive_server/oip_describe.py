@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from topfive_server.batcher import Answer
+from topfive_server.job import Answer
 from topfive_server.oip_codec import DATATYPES, INPUT, Interface
 
 

@@ -29,7 +29,7 @@ from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.session import one_line
 
 if TYPE_CHECKING:
-    from topfive_server.batcher import Job
+    from topfive_server.job import Job
     from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)

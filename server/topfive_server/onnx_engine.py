@@ -17,11 +17,12 @@ import numpy as np
 
 from topfive_server.buckets import make_buckets
 from topfive_server.capture import GATE
-from topfive_server.devices import Device
+from topfive_server.devices import Device, cores
 from topfive_server.engine import EngineDead, EngineError, EngineInfo, Predictions
 from topfive_server.lanes import DeviceLane, HostLane, Images, Lane
 from topfive_server.repository import ModelVersion
 from topfive_server.session import RuntimeOptions, engine_error, open_session
+from topfive_server.turns import TURNS
 
 _LANES: Final = 2
 """One batch computes while the next is filled; a third would only wait."""
@@ -69,6 +70,8 @@ class OnnxEngine:
             max_batch=max_batch,
             buckets=make_buckets(max_batch) if device.kind == "cuda" else (),
             fingerprint=fingerprint.result(),
+            # With cores to spare, decoding has those.
+            takes_turns=device.kind == "cpu" and (options.threads or cores()) >= cores(),
         )
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._accepting = threading.Lock()
@@ -174,10 +177,14 @@ class OnnxEngine:
             return contextlib.nullcontext()
         return GATE.alone() if captures else GATE.beside_others()
 
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """What keeps decoders off the cores that a batch computes on."""
+        return TURNS.computing() if self.info.takes_turns else contextlib.nullcontext()
+
     def _run(self, lane: Lane, images: Images) -> Predictions:
         with self._gate(captures=lane.captures(len(images))):
             lane.fill(images)
-            with self._computing:
+            with self._computing, self._turn():
                 lane.compute()
             # Outside the lock: the other lane computes while this one's answers are copied.
             predictions = lane.read()

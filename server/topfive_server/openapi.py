@@ -6,8 +6,8 @@ from typing import Any, Final
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from topfive_server.batcher import PRIORITIES
 from topfive_server.classify import MAX_TOP_K
+from topfive_server.job import PRIORITIES
 from topfive_server.openapi_answers import ANSWERS, ERRORS
 
 _TOP: Final[dict[str, Any]] = {

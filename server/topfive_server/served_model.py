@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from topfive_server.admission import WaitLimit
-from topfive_server.batcher import Answer, Batcher, Job, Priority
+from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool, Pixels
 from topfive_server.engine import Engine, EngineError, EngineInfo, EngineOutOfMemory
 from topfive_server.errors import RequestError
+from topfive_server.job import Answer, Job, Priority
 from topfive_server.metrics import ModelObserver
 from topfive_server.session import one_line
 
@@ -123,6 +124,7 @@ class ServedModel:
             engine,
             observer=self.observer,
             on_dead=self._engine_died,
+            decode_s=lambda: self._pool.seconds_per_image,
             max_delay_s=self._config.max_delay_ms / 1000,
             engine_timeout_s=self._config.engine_timeout_s,
         )
@@ -164,8 +166,7 @@ class ServedModel:
         """
         if priority == "interactive":
             batcher = self.batcher
-            full_batch_s = batcher.times.predict(batcher.max_batch)
-            self._wait_limit.check(batcher.seconds_of_wait(priority), full_batch_s=full_batch_s)
+            self._wait_limit.check(batcher.seconds_of_wait(priority), full_batch_s=batcher.full_batch_s)
 
     async def ready(self) -> bool:
         """Whether an image gets through now; sends the golden image unless a batch has just succeeded."""

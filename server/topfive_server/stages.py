@@ -6,7 +6,7 @@ For what is looked at afterwards, the slow request's line in the log and the tra
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from topfive_server.batcher import Answer, Job
+from topfive_server.job import Answer, Job
 
 
 class Stage(NamedTuple):

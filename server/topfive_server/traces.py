@@ -25,8 +25,8 @@ from opentelemetry.trace import SpanKind, StatusCode, format_trace_id, set_span_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from topfive._version import __version__
-from topfive_server.batcher import Job
 from topfive_server.exchange import Exchange
+from topfive_server.job import Job
 from topfive_server.stages import Stage, stages
 
 log = logging.getLogger(__name__)

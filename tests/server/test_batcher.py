@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tests.server.fakes import FakeEngine, make_info, pixels, probability
 
 from topfive_server import estimate
-from topfive_server.batcher import Batcher, Job, Priority
+from topfive_server.batcher import Batcher
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
 from topfive_server.estimate import Lateness
+from topfive_server.job import Job, Priority
 
 
 class Log:
