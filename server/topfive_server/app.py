@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from topfive._version import __version__
 from topfive_server import admin, pages
 from topfive_server.access import KeyRing
-from topfive_server.admission import Admission
+from topfive_server.admission import Admission, Refusals
 from topfive_server.classify import ClassifyEndpoint
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
@@ -33,7 +33,7 @@ from topfive_server.errors import (
     RequestError,
     UnauthorizedError,
 )
-from topfive_server.exchange import KEY, Exchange, Scope, Send
+from topfive_server.exchange import KEY, PAUSE, Exchange, Scope, Send
 from topfive_server.logs import REQUESTS, request_id
 from topfive_server.metrics import CONTENT_TYPE, Metrics, gauge
 from topfive_server.models import Models
@@ -72,6 +72,7 @@ class Application:
         self.models = models
         self.metrics = metrics
         self.admission = Admission(max_images=config.max_queue_images, max_bytes=config.max_queue_bytes)
+        self._refusals = Refusals()
         self.draining = False
         self.cut_off = 0
         """Requests that were still under way when the drain time was over."""
@@ -103,7 +104,10 @@ class Application:
         )
         try:
             await self._route(exchange, receive)
+            self._refusals.answered()
         except RequestError as error:
+            if error.status == 429:
+                exchange.scope[PAUSE] = self._refusals.refuse()
             await exchange.answer_problem(error)
         except asyncio.CancelledError:  # only at the end of the drain time
             self.cut_off += 1

@@ -9,13 +9,15 @@ from topfive_server.errors import BadRequestError, RequestError
 from topfive_server.stages import Stage, stages
 
 if TYPE_CHECKING:
-    from topfive_server.batcher import Job
+    from topfive_server.job import Job
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 KEY: Final = "topfive.exchange"
 """Where the ASGI scope holds the exchange."""
+PAUSE: Final = "topfive.pause"
+"""Where the ASGI scope holds for how many seconds the connection is not to be read from after the answer."""
 _JSON: Final = (b"content-type", b"application/json")
 _PROBLEM: Final = (b"content-type", b"application/problem+json")
 _NO_STORE: Final = (b"cache-control", b"no-store")

@@ -2,6 +2,7 @@
 
 * Limits on the time and the size of headers, and a lossless goodbye; an idle connection ends whatever drips in.
 * An answer leaves in one piece: uvicorn writes its head and its body by themselves, which costs a second system call.
+* A connection is not read from for a moment where the application says so.
 * The body of the hot route reaches the application as the chunks that came from the socket, not copied twice more.
 """
 
@@ -13,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from topfive_server.config import ServerConfig
 from topfive_server.errors import BadRequestError, BodyTimeoutError, HeadersTooLargeError, RequestError
+from topfive_server.exchange import PAUSE
 from topfive_server.receive import CHUNKS, Chunks
 
 GOODBYE_S: Final = 1.0
@@ -65,6 +67,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reading_headers = False
         self._begun = False
         self._leaving = False
+        self._message_complete = False
+        self._pause: asyncio.TimerHandle | None = None
         self._chunks: Chunks | None = None
         """Of the request under way, on the hot route."""
 
@@ -74,8 +78,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop_timer()
+        self._end_pause()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -100,6 +105,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._reading_headers:
             self._expect_headers()
         self._begun = True
+        self._message_complete = False
 
     def on_headers_complete(self) -> None:
         """Stop the clock, and hand the request on unless its headers are too large."""
@@ -132,12 +138,20 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Likewise."""
+        self._message_complete = True
         if self.cycle is not None:
             super().on_message_complete()
+            self._begin_pause()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for it."""
+        super().on_response_complete()
+        self._begin_pause()
 
     def shutdown(self) -> None:
         """Finish the request under way; close an idle connection after a moment, when nothing is on its way in it."""
         self._leaving = True
+        self._end_pause()
         if self._idle():
             self.loop.call_later(GOODBYE_S, self._close_if_idle)
         else:
@@ -146,6 +160,21 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP with a problem document like every other error."""
         self._refuse(BadRequestError(f"this is not a valid HTTP/1.1 request ({msg.rstrip('.')})"))
+
+    def _begin_pause(self) -> None:
+        """Read nothing for a while, where the answer says so, once it is out and what it answers is in."""
+        seconds: float = self.cycle.scope.get(PAUSE, 0.0)  # type: ignore[assignment]  # ours
+        due = seconds and self._message_complete and self._idle() and not self._leaving
+        if due and self._pause is None and not self.transport.is_closing():
+            self.flow.pause_reading()
+            self._pause = self.loop.call_later(seconds, self._end_pause)
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+            if not self.transport.is_closing():
+                self.flow.resume_reading()
 
     def _close_if_idle(self) -> None:
         if self._idle():
