@@ -120,20 +120,18 @@ def measure_http(
 ) -> list[dict[str, float]]:
     """Requests a second by number of processes, in each round."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from benchmarks.serve import load, server  # noqa: PLC0415  only here is wrk needed
+    from benchmarks.process import serving  # noqa: PLC0415  with the next
+    from benchmarks.serve import load  # noqa: PLC0415  only here is wrk needed
 
-    flags = {
-        count: ["--no-log-requests", "--max-queue-images", "16384", "--processes", str(count)]
-        for count in processes
-    }
+    flags = ["--device", device, "--max-queue-images", "16384"]
     rounds = []
     for _ in range(options.rounds):
         row = {}
         for count in processes:
             # One server at a time: they would share the GPU's memory and the cores.
-            with server(models, device, "auto", flags[count]) as url:
-                load(url, images, options.connections, 1)
-                row[str(count)] = load(url, images, options.connections, options.seconds)["rate"]
+            with serving(models, [*flags, "--processes", str(count)]) as served:
+                load(served.url, images, options.connections, 1)
+                row[str(count)] = load(served.url, images, options.connections, options.seconds)["rate"]
         rounds.append(row)
     return rounds
 

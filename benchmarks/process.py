@@ -53,12 +53,13 @@ def free_port(count: int = 1) -> int:
 
 
 def serving(
-    models: Path, flags: Sequence[str] = (), *, patience_s: float = 120.0
+    models: Path, flags: Sequence[str] = (), *, log_requests: bool = False, patience_s: float = 120.0
 ) -> contextlib.AbstractContextManager[Served]:
     """Start `topfive serve` on a free port, wait until it is ready, end it afterwards; see `running`."""
     port = free_port()
     program = str(Path(sys.executable).with_name("topfive"))
-    command = [program, "serve", str(models), "--port", str(port), "--no-log-requests", *flags]
+    log = "--log-requests" if log_requests else "--no-log-requests"
+    command = [program, "serve", str(models), "--port", str(port), log, *flags]
     return running(command, f"http://127.0.0.1:{port}", ready="/readyz", patience_s=patience_s)
 
 

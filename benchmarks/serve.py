@@ -12,7 +12,6 @@ Absolute rates drift while other work runs; the ratios, each taken between neigh
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -20,15 +19,13 @@ import os
 import platform
 import re
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -37,6 +34,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.process import serving
 
 from topfive.allocator import keep_large_buffers
 from topfive.preprocessing import decode
@@ -141,42 +141,6 @@ def hot_model(models: Path, device: str, variant: Wanted) -> ModelVersion:
     return [choice.version for choice in choices if choice.version.name == first][-1]
 
 
-@contextlib.contextmanager
-def server(models: Path, device: str, variant: str, flags: Sequence[str]) -> Iterator[str]:
-    """A server process on a free port; its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = Path(sys.executable).with_name("topfive")
-    command = [
-        program,
-        "serve",
-        models,
-        "--port",
-        str(port),
-        "--device",
-        device,
-        "--variant",
-        variant,
-        *flags,
-    ]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/readyz"):
-                break
-            if process.poll() is not None:
-                sys.exit(
-                    f"the server ended with status {process.returncode}: run {' '.join(map(str, command))}"
-                )
-            time.sleep(0.1)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
 def wrk(
     url: str, folder: Path, connections: int, seconds: int, headers: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -257,7 +221,9 @@ def main() -> None:
     report["best"] = ceiling.best
     print(f"in process, images/s by batch size: {report['calibration']}")
     rounds: list[dict[str, Any]] = []
-    with server(options.models, options.device, options.variant, options.serve_flags.split()) as url:
+    flags = ["--device", options.device, "--variant", options.variant, *options.serve_flags.split()]
+    with serving(options.models, flags, log_requests=True) as served:  # as it is without any flag
+        url = served.url
         for connections in options.connections:
             load(url, options.images, connections, 1)  # warm
         for number in range(options.rounds):
