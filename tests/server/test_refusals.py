@@ -1,5 +1,6 @@
 """Clients that ask again at once when they are refused do not take the cores from the others."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -31,22 +32,29 @@ def test_as_many_as_are_allowed_are_answered_without_a_pause(monkeypatch: pytest
     assert sum(refusals.refuse() == 0 for _ in range(3 * allowed)) == allowed
 
 
+@contextlib.contextmanager
+def filled(least_per_s: float, longest_s: float) -> Iterator[Harness]:
+    """A server with room for one image, which is taken, so that every other is refused, and its connection paused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Refusals, "LEAST_PER_S", least_per_s)
+        patch.setattr(Refusals, "LONGEST_S", longest_s)
+        engine = FakeEngine(make_info(max_batch=1))
+        with serving(engine, max_queue_images=1, max_images=1, keep_alive_s=30) as server:
+            server.hold()
+            taker = threading.Thread(target=server.classify, args=(picture(1),))
+            taker.start()
+            eventually(lambda: server.application.admission.images == 1)
+            server.on_loop(lambda: setattr(server.application._refusals, "_left", 0.0))
+            yield server
+            server.release()
+            taker.join()
+
+
 @pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
-    """A server with room for one image, which is taken, and refusals that are followed by a pause of up to half a second."""
-    monkeypatch.setattr(Refusals, "LEAST_PER_S", 1.0)
-    monkeypatch.setattr(Refusals, "LONGEST_S", 0.5)
-    with serving(
-        FakeEngine(make_info(max_batch=1)), max_queue_images=1, max_images=1, keep_alive_s=30
-    ) as server:
-        server.hold()
-        taker = threading.Thread(target=server.classify, args=(picture(1),))
-        taker.start()
-        eventually(lambda: server.application.admission.images == 1)
-        server.on_loop(lambda: setattr(server.application._refusals, "_left", 0.0))
+def full() -> Iterator[Harness]:
+    """Pauses of up to half a second."""
+    with filled(1.0, 0.5) as server:
         yield server
-        server.release()
-        taker.join()
 
 
 def ask(connection: http.client.HTTPConnection) -> tuple[int, float]:
@@ -103,24 +111,11 @@ def test_a_client_that_leaves_in_its_pause_is_forgotten(full: Harness) -> None:
     eventually(lambda: len(full.server.server_state.connections) == 1)  # who has taken the place
 
 
-def test_the_drain_ends_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Refusals, "LEAST_PER_S", 0.01)
-    monkeypatch.setattr(Refusals, "LONGEST_S", 60.0)
-    with serving(
-        FakeEngine(make_info(max_batch=1)), max_queue_images=1, max_images=1, keep_alive_s=30
-    ) as server:
-        server.hold()
-        taker = threading.Thread(target=server.classify, args=(picture(1),))
-        taker.start()
-        eventually(lambda: server.application.admission.images == 1)
-        server.on_loop(lambda: setattr(server.application._refusals, "_left", 0.0))
-        hasty = connect(server)
+def test_the_drain_ends_the_pauses() -> None:
+    with filled(0.01, 60.0) as server, contextlib.closing(connect(server)) as hasty:
         assert ask(hasty)[0] == 429
         eventually(lambda: paused(server))
         hasty.request("POST", "/v1/classify", picture(2))  # which nobody reads
         server.on_loop(server.server.stop)
         answer = hasty.getresponse()
         assert (answer.status, json.loads(answer.read())["type"]) == (503, "urn:topfive:error:draining")
-        server.release()
-        taker.join()
-        hasty.close()
