@@ -195,7 +195,7 @@ async def admit_the_last(listeners: Sequence[socket.socket]) -> None:
     opens a connection leaves him unanswered; he tries again after a second, and is refused (socket(7),
     SO_ATTACH_FILTER). Elsewhere than on Linux that moment stays.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not listeners:  # a worker is handed its connections
         return
     instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in _DROP_SYN))
     program = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(instructions))

@@ -37,15 +37,22 @@ class Turns:
                 self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until no batch computes, or those that do have done so for too long."""
+        """Until the batches that compute now have ended, or have computed for too long.
+
+        Not for those that begin meanwhile: where clients send squares that need no decoding, one follows on the other, and
+        files would never be decoded.
+        """
         if not self._begun:  # almost always, and without a lock
             return
         with self._changed:
-            while (left_s := self._left_s()) > 0:
+            before = dict(self._begun)
+            while (left_s := self._left_s(before)) > 0:
                 self._changed.wait(left_s)
 
-    def _left_s(self) -> float:
-        newest = max(self._begun.values(), default=float("-inf"))
+    def _left_s(self, before: dict[object, float]) -> float:
+        newest = max(
+            (begun for batch, begun in before.items() if batch in self._begun), default=float("-inf")
+        )
         return newest + self.PATIENCE_S - monotonic()
 
 

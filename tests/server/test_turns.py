@@ -41,6 +41,18 @@ def test_a_decoder_waits_for_every_batch_that_computes(threads: ThreadPoolExecut
     waiting.result(1)
 
 
+def test_batches_without_a_pause_do_not_keep_a_decoder_waiting(threads: ThreadPoolExecutor) -> None:
+    turns = Turns()
+    first = turns.computing()
+    first.__enter__()
+    waiting = threads.submit(turns.wait)
+    time.sleep(0.05)
+    assert not waiting.done()
+    with turns.computing():  # before the first has ended, as with two models
+        first.__exit__(None, None, None)
+        waiting.result(1)
+
+
 def test_a_batch_that_failed_is_not_waited_for() -> None:
     turns = Turns()
     with pytest.raises(RuntimeError), turns.computing():
