@@ -78,9 +78,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
+        """Stop the clock."""
         self._stop_timer()
-        self._end_pause()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -97,6 +97,8 @@ def test_a_body_that_comes_after_its_refusal_is_taken_before_the_pause(full: Har
     with socket.create_connection(("127.0.0.1", full.port), 10) as connection:
         connection.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n")
         assert read_reply(connection).status == 429
+        time.sleep(0.05)
+        assert not paused(full)  # the rest must be read, or its sender cannot come to read the answer
         begun = time.monotonic()
         connection.sendall(bytes(200_000) + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_reply(connection).status == 200
@@ -109,6 +111,14 @@ def test_a_client_that_leaves_in_its_pause_is_forgotten(full: Harness) -> None:
     eventually(lambda: paused(full))
     connection.close()
     eventually(lambda: len(full.server.server_state.connections) == 1)  # who has taken the place
+
+
+def test_every_answer_allows_another_refusal() -> None:
+    with serving(FakeEngine()) as server:
+        refusals = server.application._refusals
+        server.on_loop(lambda: setattr(refusals, "_left", -5.0))
+        assert server.classify(picture(1)).status == 200
+        eventually(lambda: refusals._left == -4.0)
 
 
 def test_the_drain_ends_the_pauses() -> None:

@@ -143,6 +143,15 @@ def test_the_estimates_count_the_decoding_where_it_takes_turns() -> None:
     assert asyncio.run(seconds(takes_turns=False)) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize(("takes_turns", "seconds"), [(True, 0.0), (False, 5.0)])
+def test_a_deadline_counts_the_decoding_once(takes_turns: bool, seconds: float) -> None:
+    info = dataclasses.replace(make_info(), takes_turns=takes_turns)
+    with serving(FakeEngine(info)) as server:
+        endpoint, batcher = server.application._classify, server.model.batcher
+        server.on_loop(lambda: endpoint._decode_s.observe(5.0))
+        assert server.on_loop(lambda: endpoint._seconds_until_answered(batcher, 0)) == seconds
+
+
 def test_a_batch_waits_for_what_must_be_decoded_first() -> None:
     async def run() -> None:
         info = dataclasses.replace(make_info(max_batch=4), takes_turns=True)

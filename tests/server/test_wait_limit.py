@@ -116,6 +116,15 @@ def test_a_wait_too_long_is_refused_at_once_and_says_when_to_come_back() -> None
         assert server.classify(picture(2)).classes == [2]
 
 
+def test_the_default_limit_follows_the_models_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(WaitLimit, "check", lambda _, __, *, full_batch_s: seen.append(full_batch_s))
+    with serving(FakeEngine(make_info(max_batch=8))) as server:
+        server.on_loop(lambda: server.model.batcher.times.calibrate([(1, 1.0), (8, 8.0)]))
+        assert server.classify(picture(1)).status == 200
+    assert seen == [8.0]
+
+
 def test_scoring_waits_and_is_in_nobodys_way() -> None:
     with (
         serving(FakeEngine(make_info(max_batch=8)), max_wait_ms=14_000) as server,
