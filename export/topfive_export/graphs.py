@@ -4,13 +4,13 @@ Shapes: B images, H rows, W columns, C colours or maps, K classes, T top answers
 """
 
 import copy
-from collections.abc import Sequence
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topfive_export.norms import exported_norm
 from topfive_export.variant import Variant
 from topfive_training.checkpoint import Classifier
 from topfive_training.network import AlexNet, LocalResponseNorm, WithinMapNorm
@@ -18,9 +18,6 @@ from topfive_training.network import AlexNet, LocalResponseNorm, WithinMapNorm
 TOP: Final = 5
 """Answers per image; fewer where there are fewer classes."""
 INPUT_NAME: Final = "image"
-_Attribute: TypeAlias = (
-    int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
-)
 OUTPUT_NAMES: Final = ("probabilities", "classes", "scores", "features")
 
 
@@ -31,84 +28,6 @@ class Answers(NamedTuple):
     classes_BT: Tensor
     scores_BK: Tensor
     features_BF: Tensor
-
-
-class BandNorm(nn.Module):
-    """Response normalisation as a 1x1 convolution of the squares with a band of ones: fast where convolutions are.
-
-    ONNX Runtime's own LRN takes more than half of the network's time on a processor (docs/export.md).
-    """
-
-    def __init__(self, norm: LocalResponseNorm) -> None:
-        super().__init__()
-        if norm.size % 2 == 0:
-            raise ValueError(f"the window of the response norm is {norm.size}; it must be odd")
-        self.towers = norm.towers
-        self.beta = norm.beta
-        index = torch.arange(norm.channels // norm.towers)
-        band = (index[:, None] - index[None, :]).abs() <= norm.size // 2
-        weight = band.to(torch.float32) * (norm.alpha / norm.size)
-        self.register_buffer("weight", weight.repeat(norm.towers, 1)[:, :, None, None])
-        self.register_buffer("k", torch.full((norm.channels,), norm.k))
-        self.weight: Tensor
-        self.k: Tensor
-
-    def forward(self, maps_BCHW: Tensor) -> Tensor:
-        """Normalised maps of the same shape."""
-        scale_BCHW = F.conv2d(maps_BCHW * maps_BCHW, self.weight, self.k, groups=self.towers)
-        return _divided(maps_BCHW, scale_BCHW, self.beta)
-
-
-class WindowNorm(nn.Module):
-    """The norm within maps as an average pool of the squares: a convolution of each map by itself is no faster.
-
-    In fp16 nothing overflows: it follows a response norm, whose values stay below 120 whatever goes in.
-    """
-
-    def __init__(self, norm: WithinMapNorm) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta, self.k = norm.size, norm.alpha, norm.beta, norm.k
-
-    def forward(self, maps_BCHW: Tensor) -> Tensor:
-        """Normalised maps of the same shape."""
-        # The original divides by the whole window's size at the edges too.
-        mean_BCHW = F.avg_pool2d(
-            maps_BCHW * maps_BCHW, self.size, stride=1, padding=self.size // 2, count_include_pad=True
-        )
-        return _divided(maps_BCHW, self.k + self.alpha * mean_BCHW, self.beta)
-
-
-def _divided(maps_BCHW: Tensor, scale_BCHW: Tensor, beta: float) -> Tensor:
-    if beta == 0.75:
-        # Square roots are vector instructions, the general power is not: a tenth of the network's time.
-        return maps_BCHW / (scale_BCHW * scale_BCHW.sqrt()).sqrt()
-    return maps_BCHW / scale_BCHW.pow(beta)
-
-
-class OperatorNorm(nn.Module):
-    """Response normalisation as ONNX's LRN operator, which has a kernel on CUDA. Exists in exported graphs only."""
-
-    def __init__(self, norm: LocalResponseNorm) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, maps_BCHW: Tensor) -> Tensor:
-        """Normalised maps of the same shape, by tower."""
-        norm = self.norm
-        towers = maps_BCHW.chunk(norm.towers, dim=1)
-        attributes: dict[str, _Attribute] = {
-            "alpha": norm.alpha,
-            "beta": norm.beta,
-            "bias": norm.k,
-            "size": norm.size,
-        }
-        normed = [
-            torch.onnx.ops.symbolic(
-                "LRN", (tower,), attributes, dtype=tower.dtype, shape=tower.shape, version=20
-            )
-            for tower in towers
-        ]
-        return torch.cat(normed, dim=1)
 
 
 class FoldedConvolution(nn.Module):
@@ -192,7 +111,9 @@ class ExportGraph(nn.Module):
             CentralResize(preprocessing.short_side, preprocessing.crop) if variant.graph == "image" else None
         )
         self.network = copy.deepcopy(classifier.network)
-        self._replace_norms(BandNorm if variant.target == "cpu" else OperatorNorm)
+        for name, module in list(self.network.named_children()):
+            if isinstance(module, LocalResponseNorm | WithinMapNorm):
+                setattr(self.network, name, exported_norm(module, variant))
         self.folded = (
             variant.precision != "fp16" and variant.views == 1 and not self._loses_range(classifier, variant)
         )
@@ -214,13 +135,6 @@ class ExportGraph(nn.Module):
         return variant.precision == "int8" and (
             classifier.mean.shape[1:] != (1, 1) or classifier.network.shape.first_padding != 0
         )
-
-    def _replace_norms(self, kind: type[BandNorm | OperatorNorm]) -> None:
-        for name, module in list(self.network.named_children()):
-            if isinstance(module, LocalResponseNorm):
-                setattr(self.network, name, kind(module))
-            elif isinstance(module, WithinMapNorm):
-                setattr(self.network, name, WindowNorm(module))
 
     def forward(self, image: Tensor) -> Answers:
         """Answers for uint8 RGB images [B, H, W, C]; the argument's name is the input's."""

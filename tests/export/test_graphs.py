@@ -10,15 +10,19 @@ from tests.export.conftest import make_classifier
 
 from topfive.model_spec import ArchitectureName, Preprocessing
 from topfive.preprocessing import decode
-from topfive_export.graphs import BandNorm, CentralResize, FoldedConvolution, WindowNorm, build_graph
+from topfive_export.graphs import CentralResize, FoldedConvolution, build_graph
+from topfive_export.norms import BandNorm, ChannelsLastBandNorm, ChannelsLastWindowNorm, WindowNorm
 from topfive_export.variant import Variant
 from topfive_training.network import LocalResponseNorm, WithinMapNorm
 
 
+@pytest.mark.parametrize("form", [BandNorm, ChannelsLastBandNorm])
 @pytest.mark.parametrize(
     ("towers", "beta", "k", "size"), [(2, 0.75, 2.0, 5), (1, 0.5, 1.0, 3), (1, 0.75, 1.0, 5)]
 )
-def test_band_norm_is_the_response_norm(towers: int, beta: float, k: float, size: int) -> None:
+def test_band_norm_is_the_response_norm(
+    towers: int, beta: float, k: float, size: int, form: type[BandNorm | ChannelsLastBandNorm]
+) -> None:
     channels = 16
     norm = LocalResponseNorm(channels, towers=towers, size=size, alpha=0.3, beta=beta, k=k)
     maps = torch.randn(2, channels, 4, 3, generator=torch.Generator().manual_seed(0)) * 5
@@ -30,17 +34,20 @@ def test_band_norm_is_the_response_norm(towers: int, beta: float, k: float, size
         high = min((tower + 1) * per_tower, channel + size // 2 + 1)
         squares = (maps[:, low:high].double() ** 2).sum(dim=1)
         expected[:, channel] = maps[:, channel].double() / (k + 0.3 / size * squares) ** beta
-    assert np.allclose(BandNorm(norm)(maps).numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert np.allclose(form(norm)(maps).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [WindowNorm, ChannelsLastWindowNorm])
 @pytest.mark.parametrize("beta", [0.75, 0.5])
-def test_window_norm_is_the_norm_within_maps(beta: float) -> None:
+def test_window_norm_is_the_norm_within_maps(
+    beta: float, form: type[WindowNorm | ChannelsLastWindowNorm]
+) -> None:
     norm = WithinMapNorm(size=3, alpha=0.4, beta=beta, k=1.5)
     maps = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0)) * 5
     padded = np.pad(maps.double().numpy() ** 2, ((0, 0), (0, 0), (1, 1), (1, 1)))
     sums = sum(padded[:, :, y : y + 6, x : x + 5] for y in range(3) for x in range(3))
     expected = maps.double().numpy() / (1.5 + 0.4 / 9 * sums) ** beta
-    assert np.allclose(WindowNorm(norm)(maps).numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert np.allclose(form(norm)(maps).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_after_a_response_norm_the_squares_fit_into_fp16() -> None:
@@ -50,9 +57,10 @@ def test_after_a_response_norm_the_squares_fit_into_fp16() -> None:
     assert float(LocalResponseNorm(8, towers=1)(maps).max()) < 120 < 65504**0.5
 
 
-def test_a_window_without_a_center_is_refused() -> None:
+@pytest.mark.parametrize("form", [BandNorm, ChannelsLastBandNorm])
+def test_a_window_without_a_center_is_refused(form: type[BandNorm | ChannelsLastBandNorm]) -> None:
     with pytest.raises(ValueError, match="must be odd"):
-        BandNorm(LocalResponseNorm(8, towers=1, size=4))
+        form(LocalResponseNorm(8, towers=1, size=4))
 
 
 @pytest.mark.parametrize(

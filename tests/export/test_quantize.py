@@ -1,9 +1,11 @@
 """int8: calibrated on one half, judged on the other, with layers left in fp32 only where they have to be."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -13,13 +15,14 @@ import torch
 from tests.export.conftest import make_classifier
 
 from topfive.cli import main
+from topfive.model_spec import ArchitectureName
 from topfive_export import pipeline, quantize
 from topfive_export.corpus import decoded, drawn_pictures
 from topfive_export.gate import Answered, Disagreement, answer_onnx, answer_torch, compare, enforce
 from topfive_export.graphs import build_graph
 from topfive_export.onnx_file import trace
 from topfive_export.pipeline import ExportConfig, run_export
-from topfive_export.quantize import LAYERS, Scheme, prepare, weight_nodes
+from topfive_export.quantize import LAYERS, Scheme, activate_before_pools, weight_nodes
 from topfive_export.variant import ExportError, Limits, Variant
 
 INT8 = Variant(precision="int8")
@@ -71,25 +74,106 @@ def test_an_int8_version_is_smaller_and_reports_how_it_was_made(
     assert "topfive" in {entry.key for entry in model.metadata_props}
 
 
-@pytest.mark.parametrize("within", [False, True])
-def test_a_max_pool_is_followed_by_a_relu_that_changes_nothing(within: bool) -> None:
-    classifier = make_classifier(within_map_norm=within)
-    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+@pytest.mark.parametrize(
+    ("name", "options", "norms", "ranges"),
+    [
+        ("alexnet-2012", {}, 2, "minmax"),
+        ("alexnet-2012", {"within_map_norm": True}, 3, "percentile-99.99"),
+        ("alexnet-2012", {"normalization": "batch"}, 0, "minmax"),
+        ("alexnet-2014", {}, 0, "minmax"),
+        ("alexnet-caffe", {}, 2, "percentile-99.99"),
+        ("caffenet", {}, 2, "minmax"),
+    ],
+)
+def test_all_but_the_norms_is_computed_on_bytes(
+    name: ArchitectureName, options: dict[str, Any], norms: int, ranges: str, tmp_path: Path
+) -> None:
+    classifier = make_classifier(name, **options)
+    side = classifier.spec.preprocessing.crop
+    images = decoded(drawn_pictures(), classifier.spec.preprocessing, side)
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=side)
+    candidates = (Scheme(ranges=ranges),)
+    reference = answer_torch(classifier, images)
+    found = quantize.quantize(model, images, reference, _limits(1e9), candidates=candidates)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(
+        found.model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
+    computed = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    expected = {
+        "QLinearConv": 5,
+        "NhwcMaxPool": 3,  # bytes, channels last; "MaxPool" would be fp32, or bytes at a tenth of the speed
+        "QGemm": 3,
+        "Transpose": 1,  # before the first fully-connected layer
+        "Clip": norms,
+        # One before the norms of each layer, one for what each dropout scales, one for each answer.
+        "DequantizeLinear": min(norms, 2) + (2 if name == "alexnet-2012" else 0) + 2,
+    }
+    # 2014 subtracts a mean and pads, so its pixels are normalised in fp32 first.
+    assert computed["Cast"] == (1 if name == "alexnet-2014" else 0)
+    assert {kind: computed[kind] for kind in expected} == expected
+    assert not {"MaxPool", "Conv", "Relu", "Gemm", "ReorderInput", "ReorderOutput"} & computed.keys()
+
+
+@pytest.mark.parametrize("name", ["alexnet-2012", "caffenet"])
+def test_a_relu_goes_before_its_pool_and_nothing_changes(name: ArchitectureName) -> None:
+    model = trace(build_graph(make_classifier(name), INT8), variant=INT8, side=227)
+    layers, norms = weight_nodes(model)
+    assert list(layers) == list(LAYERS)
+    assert len(norms) == 2
     images = np.random.default_rng(0).integers(0, 256, (2, 227, 227, 3), dtype=np.uint8)
     expected = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    prepare(model)
+    before = [node.op_type for node in model.graph.node]
+    activate_before_pools(model)
+    onnx.checker.check_model(model, full_check=True)
     actual = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for one, other in zip(
         expected.run(None, {"image": images}), actual.run(None, {"image": images}), strict=True
     ):
-        assert np.allclose(one, other, atol=1e-6)
-    readers = {name: node.op_type for node in model.graph.node for name in node.input}
-    pools = [node for node in model.graph.node if node.op_type == "MaxPool"]
-    assert len(pools) == 3
-    assert {readers[pool.output[0]] for pool in pools} == {"Relu"}
-    layers, norms = weight_nodes(model)
-    assert list(layers) == list(LAYERS)
-    assert len(norms) == 2
+        assert np.array_equal(one, other)
+    after = [node.op_type for node in model.graph.node]
+    assert sorted(before) == sorted(after)
+    assert ("MaxPool", "Relu") in pairwise(before)
+    assert ("MaxPool", "Relu") not in pairwise(after)
+
+
+def test_removing_what_is_redundant_changes_no_answer(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "tidy", lambda _: None)
+    model = trace(build_graph(make_classifier(), INT8), variant=INT8, side=227)
+    candidates = (Scheme(ranges="minmax"),)
+    untidy = quantize.quantize(model, sample.images, sample.reference, INT8.limits, candidates=candidates)
+    kinds = [Counter(node.op_type for node in each.graph.node) for each in (untidy.model, sample.model)]
+    assert kinds[0]["Cast"] == 1
+    assert kinds[1]["Cast"] == 0
+    answers = [
+        answer_onnx(
+            onnxruntime.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"]),
+            sample.images,
+            8,
+        )
+        for each in (untidy.model, sample.model)
+    ]
+    assert np.array_equal(answers[0].scores_MK, answers[1].scores_MK)
+
+
+def test_pixels_are_quantized_as_they_are_whatever_the_calibration_images_hold() -> None:
+    classifier = make_classifier()
+    images = np.random.default_rng(1).integers(60, 130, (8, 227, 227, 3), dtype=np.uint8)
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+    found = quantize.quantize(model, images, answer_torch(classifier, images), _limits(1e9))
+    makers = {name: node for node in found.model.graph.node for name in node.output}
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in found.model.graph.initializer}
+    conv1 = next(node for node in found.model.graph.node if node.op_type == "Conv")
+    read = makers[conv1.input[0]]
+    assert read.op_type == "DequantizeLinear"
+    assert constants[read.input[1]] == 1
+    assert constants[read.input[2]] == 0
+    assert makers[read.input[0]].op_type == "Transpose"
+    assert makers[read.input[0]].input[0] == "image"
 
 
 def test_the_layer_that_costs_accuracy_stays_in_fp32() -> None:
