@@ -4,6 +4,7 @@ A body's bytes count as they arrive, its images once they are all here, so that 
 the memory that it really uses, and never an image's place.
 """
 
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
@@ -53,18 +54,22 @@ class WaitLimit:
     """How long a request may have to wait for those before it, by the measured batch times.
 
     A burst is no overload, and neither are many patient clients that each ask again when they are answered: they are
-    served, and wait as long as `max_wait` allows. Once that is too long for somebody, more comes than can be answered,
-    and nothing that waits shortens the queue: from then on only what waits briefly is let in, the least that still
-    fills batches well, until nobody has been refused for a while.
+    served, and wait as long as `max_wait` allows. An overload shows by a wait that keeps growing (`_Growth`), or that is
+    too long for somebody: more comes than can be answered, and nothing that waits shortens the queue. From then on only
+    what waits briefly is let in, the least that still fills batches well, until nobody has been refused for a while.
     """
 
     MAX_BATCHES: Final = 2.5
     """`max_wait` where none is set, in full batches."""
-    LEAST_S: Final = 0.1
-    """Least that this comes to: on a fast device a pause of the machine is longer than its batches."""
-    OVERLOAD_BATCHES: Final = 0.25
+    LEAST_S: Final = 0.5
+    """Least that this comes to: where batches are short, many clients are no overload, and neither is a pause of the machine."""
+    OVERLOAD_BATCHES: Final = 0.28
     """`overload_wait` where none is set, in full batches."""
     OVERLOAD_LEAST_S: Final = 0.02
+    """Least that this comes to."""
+    GROWN_BATCHES: Final = 0.5
+    """From how long a wait on, in full batches, its growth shows an overload. Half of it must be new."""
+    GROWN_LEAST_S: Final = 0.05
     """Least that this comes to."""
     CALM_S: Final = 1.0
     """Seconds without a refusal after which the overload is over."""
@@ -74,6 +79,7 @@ class WaitLimit:
         self._max_wait_s = max_wait_s
         self._overload_wait_s = overload_wait_s
         self._refused_at = float("-inf")
+        self._growth = _Growth()
 
     def check(self, wait_s: float, *, full_batch_s: float) -> None:
         """Refuse whoever would wait too long.
@@ -87,7 +93,10 @@ class WaitLimit:
         """
         limit_s = self._max_wait_s or max(self.MAX_BATCHES * full_batch_s, self.LEAST_S)
         now = monotonic()
-        if now - self._refused_at < self.CALM_S:
+        grown_s = self._growth.observe(now, wait_s)
+        long_s = max(self.GROWN_BATCHES * full_batch_s, self.GROWN_LEAST_S)
+        overload = now - self._refused_at < self.CALM_S or (wait_s >= long_s and grown_s >= long_s / 2)
+        if overload:
             short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
             limit_s = min(limit_s, self._overload_wait_s or short_s)
         if wait_s > limit_s:
@@ -97,6 +106,39 @@ class WaitLimit:
                 f"at the present load at most {limit_s * 1000:.0f} ms are waited for",
                 retry_after_s=wait_s - limit_s,
             )
+
+
+class _Growth:
+    """By how much the wait has grown, slot by slot, for longer than a burst lasts.
+
+    Clients that ask when they are answered make it jump once, by as many as they are; an overload makes it grow as long as
+    it lasts. What counts is each slot's longest wait: `RISES` slots in a row, each above the one before.
+    """
+
+    SLOT_S: Final = 0.08
+    RISES: Final = 3
+
+    def __init__(self) -> None:
+        self._slot = 0
+        self._longest = deque([0.0], maxlen=self.RISES + 1)
+
+    def observe(self, now: float, wait_s: float) -> float:
+        """Take somebody's wait into account: seconds by which it has grown, 0 where that is no trend."""
+        longest = self._longest
+        slot = int(now / self.SLOT_S)
+        if slot != self._slot:
+            if slot > self._slot + 2:  # nobody came for a whole slot: whatever there was is over
+                longest.clear()
+            elif len(longest) > 1 and longest[-1] <= longest[-2]:
+                last = longest[-1]
+                longest.clear()
+                longest.append(last)
+            longest.append(0.0)
+            self._slot = slot
+        longest[-1] = max(longest[-1], wait_s)
+        if len(longest) <= self.RISES or longest[-1] <= longest[-2]:
+            return 0.0
+        return longest[-1] - longest[0]
 
 
 class Refusals:

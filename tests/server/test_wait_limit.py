@@ -52,9 +52,52 @@ def test_the_limits_follow_the_time_of_a_full_batch(now: list[float]) -> None:
     assert refused(limit, WaitLimit.OVERLOAD_BATCHES * 7 + 0.1, full_batch_s=7)
     now[0] += 10
     # A model whose batches take no time is not thereby without patience.
-    assert not refused(limit, 0.1, full_batch_s=0.0001)
-    assert refused(limit, 0.11, full_batch_s=0.0001)
+    assert not refused(limit, 0.5, full_batch_s=0.0001)
+    assert refused(limit, 0.51, full_batch_s=0.0001)
     assert not refused(limit, 0.02, full_batch_s=0.0001)
+
+
+def waits(now: list[float], limit: WaitLimit, *waits_s: float, every_s: float = 0.1) -> list[bool]:
+    """Who is refused of those who come one after the other and would wait so long."""
+    outcomes = []
+    for wait_s in waits_s:
+        outcomes.append(refused(limit, wait_s))
+        now[0] += every_s
+    return outcomes
+
+
+def test_a_wait_that_keeps_growing_is_an_overload_before_it_is_too_long(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
+    # 0.5 of a full batch, for a fourth slot in a row: from there on only 0.28 may be waited for.
+    assert waits(now, limit, 0.1, 0.2, 0.4, 0.5, 0.3, 0.28) == [False, False, False, True, True, False]
+    now[0] += 1.1
+    assert not refused(limit, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "waits_s"),
+    [
+        ("a burst that comes within two slots", (0.0, 0.9, 1.8, 1.8, 1.7, 1.6, 1.8, 1.8)),
+        ("patient clients", (0.0, 1.9, 1.9, 1.9, 1.9, 1.9, 1.9)),
+        ("clients whose number of batches wavers", (1.0, 1.3, 1.6, 1.2, 1.4, 1.6, 1.3, 1.5, 1.6)),
+        ("growth that is still short", (0.05, 0.1, 0.2, 0.3, 0.4, 0.45, 0.49, 0.3)),
+        ("growth too slow to go on", (0.8, 0.81, 0.82, 0.83, 0.84, 0.85, 0.86)),
+    ],
+)
+def test_no_overload_is(what: str, waits_s: tuple[float, ...], now: list[float]) -> None:
+    assert not any(waits(now, WaitLimit(max_wait_s=0, overload_wait_s=0), *waits_s)), what
+
+
+def test_growth_across_a_pause_is_none(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
+    assert not any(waits(now, limit, 0.3, 0.6, 0.9, every_s=0.1))
+    now[0] += 0.2
+    assert not refused(limit, 1.2)
+
+
+def test_whoever_wants_bursts_answered_late_sets_both_to_the_same(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=2.0, overload_wait_s=2.0)
+    assert not any(waits(now, limit, 0.1, 0.5, 1.0, 1.5, 1.9, 2.0))
 
 
 def test_overload_never_allows_more_than_the_limit_does() -> None:
