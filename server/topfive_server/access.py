@@ -10,6 +10,7 @@ Keys are random, not chosen by people, so a plain hash is enough: there is no di
 import hashlib
 import hmac
 import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -21,6 +22,10 @@ _LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+(\S.*))?")
 
 class KeyFileError(TopfiveError):
     """The file of API keys cannot be used."""
+
+
+class CertificateError(TopfiveError):
+    """The server cannot present its certificate; the message says why."""
 
 
 class KeyRing:
@@ -64,3 +69,25 @@ class KeyRing:
         digest = hashlib.sha256(key).digest()
         # Every digest is compared, so that the time says nothing of which one matched.
         return bool(key) and sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+def check_certificate(certificate: Path, key: Path) -> None:
+    """See that a server can use the pair, before anything else is done.
+
+    Raises:
+        CertificateError: a file cannot be read, is no PEM, has a password, or the two do not belong together.
+    """
+    for option, path in (("--tls-certificate", certificate), ("--tls-key", key)):
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise CertificateError(f"{option} {path} cannot be read: {error.strerror}") from error
+    try:
+        # Asked for a password, OpenSSL would read it from the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise CertificateError(
+            f"--tls-certificate {certificate} and --tls-key {key} cannot be used ({error}); they must be a certificate "
+            "and its key, without a password, in PEM"
+        ) from error

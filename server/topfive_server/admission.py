@@ -6,6 +6,7 @@ the memory that it really uses, and never an image's place.
 
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 from time import monotonic
 from types import TracebackType
 from typing import Final, Self
@@ -54,7 +55,7 @@ class WaitLimit:
     """How long a request may have to wait for those before it, by the measured batch times.
 
     A burst is no overload, and neither are many patient clients that each ask again when they are answered: they are
-    served, and wait as long as `max_wait` allows. An overload shows by a wait that keeps growing (`_Growth`), or that is
+    served, and wait as long as `max_wait` allows. An overload shows by a queue that keeps growing (`_Growth`), or that is
     too long for somebody: more comes than can be answered, and nothing that waits shortens the queue. From then on only
     what waits briefly is let in, the least that still fills batches well, until nobody has been refused for a while.
     """
@@ -68,38 +69,45 @@ class WaitLimit:
     OVERLOAD_LEAST_S: Final = 0.02
     """Least that this comes to."""
     GROWN_BATCHES: Final = 0.5
-    """From how long a wait on, in full batches, its growth shows an overload. Half of it must be new."""
+    """From how long a wait on, in full batches, growth shows an overload: half as many images must have been added."""
     GROWN_LEAST_S: Final = 0.05
     """Least that this comes to."""
     CALM_S: Final = 1.0
     """Seconds without a refusal after which the overload is over."""
+    LONGEST_S: Final = 30.0
+    """Seconds after which an overload has to show anew: clients that ask again as soon as they are refused never let it
+    become calm, and may be few enough to be served."""
 
     def __init__(self, *, max_wait_s: float, overload_wait_s: float) -> None:
         """In seconds; 0 takes the multiple of a full batch's time."""
         self._max_wait_s = max_wait_s
         self._overload_wait_s = overload_wait_s
+        self._began_at = float("-inf")
         self._refused_at = float("-inf")
         self._growth = _Growth()
 
-    def check(self, wait_s: float, *, full_batch_s: float) -> None:
+    def check(self, wait_s: float, images: int, *, full_batch_s: float, max_batch: int) -> None:
         """Refuse whoever would wait too long.
 
         Args:
             wait_s: predicted for this request.
+            images: before it, those that are being computed included.
             full_batch_s: predicted time of a full batch.
+            max_batch: images of a full batch.
 
         Raises:
             QueueFullError: longer than is allowed at present.
         """
-        limit_s = self._max_wait_s or max(self.MAX_BATCHES * full_batch_s, self.LEAST_S)
         now = monotonic()
-        grown_s = self._growth.observe(now, wait_s)
+        limit_s = self._max_wait_s or max(self.MAX_BATCHES * full_batch_s, self.LEAST_S)
         long_s = max(self.GROWN_BATCHES * full_batch_s, self.GROWN_LEAST_S)
-        overload = now - self._refused_at < self.CALM_S or (wait_s >= long_s and grown_s >= long_s / 2)
-        if overload:
+        grown = self._growth.observe(now, images)
+        if self._overload(now) or (wait_s >= long_s and grown >= self.GROWN_BATCHES / 2 * max_batch):
             short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
             limit_s = min(limit_s, self._overload_wait_s or short_s)
         if wait_s > limit_s:
+            if not self._overload(now):
+                self._began_at = now
             self._refused_at = now
             raise QueueFullError(
                 f"the images before this one take {wait_s * 1000:.0f} ms; "
@@ -107,38 +115,40 @@ class WaitLimit:
                 retry_after_s=wait_s - limit_s,
             )
 
+    def _overload(self, now: float) -> bool:
+        return now - self._refused_at < self.CALM_S and now - self._began_at < self.LONGEST_S
+
 
 class _Growth:
-    """By how much the wait has grown, slot by slot, for longer than a burst lasts.
+    """By how much the queue has grown for longer than a burst lasts, beyond all that it has been of late.
 
-    Clients that ask when they are answered make it jump once, by as many as they are; an overload makes it grow as long as
-    it lasts. What counts is each slot's longest wait: `RISES` slots in a row, each above the one before.
+    Clients that ask when they are answered make it jump once, to as many as they are, and never beyond; an overload makes
+    it grow as long as it lasts. What counts is each slot's longest queue: `RISES` slots in a row, each above the one before.
     """
 
     SLOT_S: Final = 0.08
     RISES: Final = 3
+    REMEMBERED_S: Final = 5.0
 
     def __init__(self) -> None:
-        self._slot = 0
-        self._longest = deque([0.0], maxlen=self.RISES + 1)
+        self._slots: deque[tuple[int, int]] = deque(maxlen=round(self.REMEMBERED_S / self.SLOT_S))
+        """Number of each slot in which somebody came, and the longest queue that was found."""
 
-    def observe(self, now: float, wait_s: float) -> float:
-        """Take somebody's wait into account: seconds by which it has grown, 0 where that is no trend."""
-        longest = self._longest
+    def observe(self, now: float, images: int) -> int:
+        """Take into account how many somebody found before him: images by which that has grown, 0 where it is no trend."""
+        slots = self._slots
         slot = int(now / self.SLOT_S)
-        if slot != self._slot:
-            if slot > self._slot + 2:  # nobody came for a whole slot: whatever there was is over
-                longest.clear()
-            elif len(longest) > 1 and longest[-1] <= longest[-2]:
-                last = longest[-1]
-                longest.clear()
-                longest.append(last)
-            longest.append(0.0)
-            self._slot = slot
-        longest[-1] = max(longest[-1], wait_s)
-        if len(longest) <= self.RISES or longest[-1] <= longest[-2]:
-            return 0.0
-        return longest[-1] - longest[0]
+        if slots and slots[-1][0] == slot:
+            slots[-1] = slot, max(slots[-1][1], images)
+        else:
+            slots.append((slot, images))
+        history = list(slots)
+        before, run = history[: -self.RISES - 1], history[-self.RISES - 1 :]
+        begin, found = run[0]
+        rises = len(run) > self.RISES and all(one < next_ for (_, one), (_, next_) in pairwise(run))
+        in_a_row = slot - begin <= self.RISES + 1
+        record = all(longest < images for _, longest in before)
+        return images - found if rises and in_a_row and record and images == run[-1][1] else 0
 
 
 class Refusals:

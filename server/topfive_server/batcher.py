@@ -155,6 +155,11 @@ class Batcher:
         expected = self._expected["interactive"] if priority == "interactive" else self.expected
         return self._seconds(self._queue.before(priority), expected)
 
+    def images_before(self, priority: Priority) -> int:
+        """Images that are answered before one that is handed in now, those that are being computed included."""
+        expected = self._expected["interactive"] if priority == "interactive" else self.expected
+        return self._queue.before(priority) + expected + sum(size for _, size in self._computing.values())
+
     @property
     def full_batch_s(self) -> float:
         """Measured estimate for a full batch, with the decoding of its images where nothing computes meanwhile."""

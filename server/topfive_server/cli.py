@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from topfive.allocator import keep_large_buffers
 from topfive_server import logs
+from topfive_server.access import check_certificate
 from topfive_server.app import Application
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
@@ -48,6 +49,8 @@ def serve(
         runtime: how ONNX Runtime runs the models.
     """
     logs.configure(config.log_format)
+    if config.tls_certificate is not None and config.tls_key is not None:
+        check_certificate(config.tls_certificate, config.tls_key)
     keep_large_buffers()
     gc.freeze()  # what was imported stays; the collector need not look through it again and again
     try:

@@ -166,7 +166,12 @@ class ServedModel:
         """
         if priority == "interactive":
             batcher = self.batcher
-            self._wait_limit.check(batcher.seconds_of_wait(priority), full_batch_s=batcher.full_batch_s)
+            self._wait_limit.check(
+                batcher.seconds_of_wait(priority),
+                batcher.images_before(priority),
+                full_batch_s=batcher.full_batch_s,
+                max_batch=batcher.max_batch,
+            )
 
     async def ready(self) -> bool:
         """Whether an image gets through now; sends the golden image unless a batch has just succeeded."""

@@ -72,6 +72,7 @@ class _Endpoint:
         self.address = address
         self.client = InferenceServerClient(address)
         self.in_flight = 0
+        self.asked_at = float("-inf")
         self.failures = 0
         self.rests_until = 0.0
 
@@ -179,12 +180,17 @@ class TritonEngine:
         await asyncio.gather(*(endpoint.client.close() for endpoint in self._endpoints))
 
     def _order(self) -> Sequence[_Endpoint]:
-        """Endpoints to try: those that are well first, the least busy first; the resting ones as a last resort."""
+        """Endpoints to try: those that are well first, the least busy first; the resting ones as a last resort.
+
+        Of several that are idle the one not asked for longest: others may ask this fleet, too, and not all of them the
+        first of the list.
+        """
         now = monotonic()
-        return sorted(self._endpoints, key=lambda e: (max(e.rests_until - now, 0), e.in_flight))
+        return sorted(self._endpoints, key=lambda e: (max(e.rests_until - now, 0), e.in_flight, e.asked_at))
 
     async def _ask(self, endpoint: _Endpoint, tensor: InferInput) -> Any:
         endpoint.in_flight += 1
+        endpoint.asked_at = monotonic()
         self._idle.clear()
         try:
             return await endpoint.client.infer(

@@ -1,6 +1,7 @@
 """API keys and TLS."""
 
 import hashlib
+import re
 import ssl
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ from tests.server.fakes import picture
 from tests.server.harness import serving
 
 from topfive.errors import TopfiveError
-from topfive_server.access import KeyFileError, KeyRing
+from topfive_server.access import CertificateError, KeyFileError, KeyRing, check_certificate
 
 KEY = "correct-horse-battery-staple"
 
@@ -75,11 +76,33 @@ def test_a_missing_key_file(tmp_path: Path) -> None:
         KeyRing.read(tmp_path / "none")
 
 
-def test_tls(tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def make_certificate(folder: Path, name: str, *flags: str) -> tuple[Path, Path]:
+    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", *flags, "-keyout", key, "-out", certificate]
     subprocess.run([*map(str, make), *subject], check=True, capture_output=True)
+    return certificate, key
+
+
+def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "one", "-nodes")
+    other, locked = make_certificate(tmp_path, "other", "-passout", "pass:secret")
+    check_certificate(certificate, key)
+    text = tmp_path / "text.pem"
+    text.write_text("no certificate")
+    for pair, sentence in (
+        ((tmp_path / "none.pem", key), f"--tls-certificate {tmp_path}/none.pem cannot be read: No such file"),
+        ((certificate, tmp_path), f"--tls-key {tmp_path} cannot be read: Is a directory"),
+        ((text, key), f"{text} and --tls-key {key} cannot be used"),
+        ((other, key), "they must be a certificate and its key"),
+        ((other, locked), "without a password"),
+    ):
+        with pytest.raises(CertificateError, match=re.escape(sentence)):
+            check_certificate(*pair)
+
+
+def test_tls(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "server", "-nodes")
     with serving(tls_certificate=certificate, tls_key=key) as server:
         trust = ssl.create_default_context(cafile=str(certificate))
         with urlopen(f"https://127.0.0.1:{server.port}/readyz", context=trust) as answer:

@@ -290,6 +290,15 @@ def test_the_last_spans_are_sent_at_the_end(repository: Path, collector: Collect
     assert collector.of(request_id).name == "POST /v1/classify"
 
 
+def test_each_of_several_processes_sends_its_spans(repository: Path, collector: Collector) -> None:
+    with Process.running(repository, "--traces", "--processes", 2, **environment(collector)) as process:
+        ids = [ask(process, "POST", "/v1/classify", picture(3))[1] for _ in range(4)]
+        for request_id in ids:
+            assert [child.name for child in collector.below(collector.of(request_id))] == STAGES
+        assert sorted(log_line(process, request_id)["worker"] for request_id in ids) == [1, 1, 2, 2]
+        assert process.stop() == 0
+
+
 @pytest.mark.parametrize("state", ["stalled", "gone"])
 def test_a_collector_that_is_no_use_costs_no_request(repository: Path, state: str) -> None:
     collector = Collector()

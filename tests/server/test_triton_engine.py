@@ -18,7 +18,9 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image
+from tests.server.fakes import picture
 from tests.server.onnx_models import expected_scores, make_spec, random_images, write_model
+from tests.server.real_server import Process
 from tests.server.real_triton import free_port, real_triton
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
@@ -144,6 +146,15 @@ def test_batches_spread_over_the_fleet(tmp_path: Path) -> None:
         assert [len(server.batches) for server in fleet] == [2, 2, 2]
 
     with_fleet(tmp_path, [FakeTriton(delay_s=0.2) for _ in range(3)], body)
+
+
+def test_one_batch_after_the_other_goes_round(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        for _ in range(6):
+            await engine.predict(random_images(1))
+        assert [len(server.batches) for server in fleet] == [2, 2, 2]
+
+    with_fleet(tmp_path, [FakeTriton() for _ in range(3)], body)
 
 
 @pytest.mark.parametrize(
@@ -365,3 +376,31 @@ def _get(url: str, body: bytes | None = None) -> Any:
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+def test_several_processes_feed_one_fleet(tmp_path: Path) -> None:
+    write_model(tmp_path / "models")
+    body = picture(10, size=(40, 30), form="JPEG")
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            fleet = [await FakeTriton().start(stack) for _ in range(2)]
+            flags = [flag for server in fleet for flag in ("--triton", server.address)]
+            answers, log = await asyncio.to_thread(serve_and_ask, tmp_path / "models", flags, body)
+            assert {json.loads(answer)["model"] for answer in answers} == {"tiny"}
+            workers = [line["worker"] for line in log if line.get("path") == "/v1/classify"]
+            assert sorted(workers) == [1] * 4 + [2] * 4
+            assert all(server.batches for server in fleet)
+
+    asyncio.run(run())
+
+
+def serve_and_ask(models: Path, flags: list[str], body: bytes) -> tuple[list[bytes], list[dict[str, Any]]]:
+    with Process.running(models, "--processes", 2, *flags) as process:
+        answers = []
+        for _ in range(8):
+            status, answer = process.request("POST", "/v1/classify", body)
+            assert status == 200, answer
+            answers.append(answer)
+        assert process.stop() == 0
+    return answers, process.log

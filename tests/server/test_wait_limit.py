@@ -14,9 +14,11 @@ from topfive_server.admission import WaitLimit
 from topfive_server.errors import QueueFullError
 
 
-def refused(limit: WaitLimit, wait_s: float, full_batch_s: float = 1.0) -> bool:
+def refused(
+    limit: WaitLimit, wait_s: float, images: int = 0, *, full_batch_s: float = 1.0, max_batch: int = 32
+) -> bool:
     try:
-        limit.check(wait_s, full_batch_s=full_batch_s)
+        limit.check(wait_s, images, full_batch_s=full_batch_s, max_batch=max_batch)
     except QueueFullError:
         return True
     return False
@@ -57,47 +59,57 @@ def test_the_limits_follow_the_time_of_a_full_batch(now: list[float]) -> None:
     assert not refused(limit, 0.02, full_batch_s=0.0001)
 
 
-def waits(now: list[float], limit: WaitLimit, *waits_s: float, every_s: float = 0.1) -> list[bool]:
-    """Who is refused of those who come one after the other and would wait so long."""
-    outcomes = []
-    for wait_s in waits_s:
-        outcomes.append(refused(limit, wait_s))
+def refusals(now: list[float], limit: WaitLimit, *queues: int, every_s: float = 0.08) -> list[int]:
+    """Who is refused of those who come one after the other and find so many images, of which 32 take a second."""
+    found = []
+    for images in queues:
+        if refused(limit, images / 32, images):
+            found.append(images)
         now[0] += every_s
-    return outcomes
+    return found
 
 
-def test_a_wait_that_keeps_growing_is_an_overload_before_it_is_too_long(now: list[float]) -> None:
+def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    # 0.5 of a full batch, for a fourth slot in a row: from there on only 0.28 may be waited for.
-    assert waits(now, limit, 0.1, 0.2, 0.4, 0.5, 0.3, 0.28) == [False, False, False, True, True, False]
+    # Half a batch, and in the fourth slot in a row: from there on only 0.28 of one may be waited for.
+    assert refusals(now, limit, 4, 8, 12, 16, 10, 8, 9) == [16, 10, 9]
     now[0] += 1.1
-    assert not refused(limit, 2.0)
+    assert not refused(limit, 2.0, 64)
 
 
 @pytest.mark.parametrize(
-    ("what", "waits_s"),
+    ("what", "queues"),
     [
-        ("a burst that comes within two slots", (0.0, 0.9, 1.8, 1.8, 1.7, 1.6, 1.8, 1.8)),
-        ("patient clients", (0.0, 1.9, 1.9, 1.9, 1.9, 1.9, 1.9)),
-        ("clients whose number of batches wavers", (1.0, 1.3, 1.6, 1.2, 1.4, 1.6, 1.3, 1.5, 1.6)),
-        ("growth that is still short", (0.05, 0.1, 0.2, 0.3, 0.4, 0.45, 0.49, 0.3)),
-        ("growth too slow to go on", (0.8, 0.81, 0.82, 0.83, 0.84, 0.85, 0.86)),
+        ("a burst that comes within two slots", (0, 30, 60, 60, 55, 50, 60, 60)),
+        ("patient clients", (0, 63, 63, 63, 63, 63, 63)),
+        ("clients that come in two camps", (63, 31, 40, 50, 63, 33, 41, 52, 62, 30, 63)),
+        ("growth that is still short", (1, 4, 8, 12, 15)),
+        ("growth that is slow", (50, 51, 52, 53, 54, 55, 56, 57)),
+        ("growth with a pause", (5, 10, 20, 20, 25, 30, 30, 40)),
     ],
 )
-def test_no_overload_is(what: str, waits_s: tuple[float, ...], now: list[float]) -> None:
-    assert not any(waits(now, WaitLimit(max_wait_s=0, overload_wait_s=0), *waits_s)), what
+def test_no_overload_is(what: str, queues: tuple[int, ...], now: list[float]) -> None:
+    assert refusals(now, WaitLimit(max_wait_s=0, overload_wait_s=0), *queues) == [], what
 
 
-def test_growth_across_a_pause_is_none(now: list[float]) -> None:
+def test_growth_across_a_time_in_which_nobody_came_is_none(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    assert not any(waits(now, limit, 0.3, 0.6, 0.9, every_s=0.1))
-    now[0] += 0.2
-    assert not refused(limit, 1.2)
+    assert refusals(now, limit, 10, 20, 30) == []
+    now[0] += 0.3
+    assert not refused(limit, 1.2, 40)
+
+
+def test_many_who_never_stop_are_tried_again_after_a_while(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
+    assert refusals(now, limit, 8, 16, 24, 32) == [32]
+    # One in each slot: refused for thirty seconds from the first on, and let in from then on.
+    assert len(refusals(now, limit, *[40] * 1000)) == pytest.approx(30 / 0.08, abs=2)
+    assert refusals(now, limit, *[40] * 20) == []
 
 
 def test_whoever_wants_bursts_answered_late_sets_both_to_the_same(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=2.0, overload_wait_s=2.0)
-    assert not any(waits(now, limit, 0.1, 0.5, 1.0, 1.5, 1.9, 2.0))
+    assert refusals(now, limit, 4, 16, 32, 48, 60, 64) == []
 
 
 def test_overload_never_allows_more_than_the_limit_does() -> None:
@@ -161,7 +173,12 @@ def test_a_wait_too_long_is_refused_at_once_and_says_when_to_come_back() -> None
 
 def test_the_default_limit_follows_the_models_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    monkeypatch.setattr(WaitLimit, "check", lambda _, __, *, full_batch_s: seen.append(full_batch_s))
+
+    def note(_: WaitLimit, wait_s: float, images: int, *, full_batch_s: float, max_batch: int) -> None:
+        assert (wait_s, images, max_batch) == (0, 0, 8)
+        seen.append(full_batch_s)
+
+    monkeypatch.setattr(WaitLimit, "check", note)
     with serving(FakeEngine(make_info(max_batch=8))) as server:
         server.on_loop(lambda: server.model.batcher.times.calibrate([(1, 1.0), (8, 8.0)]))
         assert server.classify(picture(1)).status == 200
