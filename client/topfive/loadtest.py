@@ -114,20 +114,31 @@ class Point:
         return not self.errors and not self.overloaded and self.answered > 0 and self.p99_ms <= p99_ms
 
 
+@dataclass(kw_only=True)
+class Measured:
+    """What a test has found so far."""
+
+    points: list[Point] = field(default_factory=list)
+    models: tuple[Model, ...] = ()
+    """Those that the server offers."""
+
+
 async def run(
     url: str,
     bodies: Sequence[bytes],
     config: LoadTestConfig,
     *,
+    measured: Measured,
     api_key: str | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Point], tuple[Model, ...]]:
-    """The whole test: closed loops, then open loops; what each saw, and the models that the server offers.
+) -> None:
+    """The whole test: closed loops, then open loops.
 
     Args:
         url: address of the server.
         bodies: image files, sent in turn.
         config: what to try.
+        measured: takes what is found, as it is found, so that an end before the end leaves what was there.
         api_key: key that the server asks for.
         say: told what is about to happen.
 
@@ -135,11 +146,11 @@ async def run(
         LoadTestError: not one image was classified.
         ApiError: the server cannot be asked at all.
     """
-    points: list[Point] = []
+    points = measured.points
     # One attempt: what the server refuses is what we are here to see.
     retry = RetryPolicy(attempts=1)
     async with AsyncClient(url, api_key=api_key, timeout=config.timeout_s, retry=retry) as client:
-        models = await client.models()
+        measured.models = await client.models()
         ask = _asker(client, bodies)
         if config.warmup_s:
             await closed_loop(ask, 4, config.warmup_s)
@@ -165,7 +176,6 @@ async def run(
         if config.p99_ms is not None:
             await try_rate(best / 2 or config.rates[0])  # what answers take without a queue
             await search(try_rate, max([best, *config.rates]), config.p99_ms)
-    return points, models
 
 
 def _asker(client: AsyncClient, bodies: Sequence[bytes]) -> Callable[[int], Awaitable[str | None]]:

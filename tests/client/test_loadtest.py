@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 from tests.client.fake_server import Answer, FakeServer, jpeg, refusal
 
+from topfive import loadtest
 from topfive.cli import main
 from topfive.cli.load_test import draw
 from topfive.loadtest import (
@@ -257,6 +258,28 @@ def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(
     asked = [r for r in server.requests if r.path == "/v1/classify"]
     assert len(asked) == answered
     assert {r.body for r in asked} == {jpeg(), jpeg(20, 20)}
+
+
+def test_what_was_measured_before_ctrl_c_is_not_lost(
+    server: FakeServer,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loadtest, "open_loop", interrupted)
+    outputs = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    assert main(["load-test", server.url, str(folder), *QUICK, "--rates", "20", *outputs]) == 130
+    captured = capsys.readouterr()
+    assert "interrupted; what was measured until then" in captured.err
+    assert "closed 4" in captured.out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [point["asked"] for point in report["points"]] == [1, 4]
+    assert report["models"][0]["name"] == "alexnet"
+    assert (tmp_path / "out.png").stat().st_size > 1000
 
 
 def test_the_command_searches(server: FakeServer, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

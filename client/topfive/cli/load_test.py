@@ -17,7 +17,7 @@ from rich.table import Table
 from topfive._folders import files_below
 from topfive._settings import API_KEY_VARIABLE
 from topfive._version import __version__
-from topfive.loadtest import LoadTestConfig, LoadTestError, Point, best_rate, run
+from topfive.loadtest import LoadTestConfig, LoadTestError, Measured, Point, best_rate, run
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 """What counts as an image in a folder."""
@@ -37,7 +37,8 @@ def load_test(
 
     First closed loops (`--connections`), then open loops (`--rates`, or a search with `--p99-ms`). Latencies count from
     the time a request was due, so that stalls are not hidden. Run it from another machine, or mind the generator's own
-    share of the cores in the table. Exit status: 0 done, 1 no rate kept the p99 or some requests failed, 3 no server.
+    share of the cores in the table. Ctrl-C ends it with what was measured until then. Exit status: 0 done, 1 no rate kept the
+    p99 or some requests failed, 3 no server.
 
     Args:
         url: address of the server.
@@ -55,24 +56,45 @@ def load_test(
         _see_writable(output)
     bodies = read_images(images, config.max_image_bytes)
     console = Console(stderr=True, highlight=False)
-    points, models = asyncio.run(run(url, bodies, config, api_key=api_key, say=console.print))
-    best = None if config.p99_ms is None else best_rate(points, config.p99_ms)
-    _print_report(points, config, best)
+    measured = Measured()
+    try:
+        asyncio.run(run(url, bodies, config, measured=measured, api_key=api_key, say=console.print))
+    except KeyboardInterrupt:
+        if measured.points:
+            console.print("interrupted; what was measured until then:")
+            _report(measured, url, bodies, config, json_path=json_path, plot=plot)
+        raise
+    best = _report(measured, url, bodies, config, json_path=json_path, plot=plot)
+    missed = config.p99_ms is not None and best is None
+    return 1 if missed or any(point.errors for point in measured.points if point.loop == "closed") else 0
+
+
+def _report(
+    measured: Measured,
+    url: str,
+    bodies: Sequence[bytes],
+    config: LoadTestConfig,
+    *,
+    json_path: Path | None,
+    plot: Path | None,
+) -> Point | None:
+    """Print it, and write what was asked for; the highest rate that kept the p99, if one was given."""
+    best = None if config.p99_ms is None else best_rate(measured.points, config.p99_ms)
+    _print_report(measured.points, config, best)
     if json_path is not None:
         report = {
             "url": url,
-            "models": [asdict(model) for model in models],
+            "models": [asdict(model) for model in measured.models],
             "images": {"count": len(bodies), "mean_bytes": sum(map(len, bodies)) / len(bodies)},
             "generator": generator(),
             "config": asdict(config),
-            "points": [asdict(point) for point in points],
+            "points": [asdict(point) for point in measured.points],
             "highest_rate": best.asked if best else None,
         }
         json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
-        draw(points, config.p99_ms, plot)
-    missed = config.p99_ms is not None and best is None
-    return 1 if missed or any(point.errors for point in points if point.loop == "closed") else 0
+        draw(measured.points, config.p99_ms, plot)
+    return best
 
 
 def _see_writable(path: Path) -> None:
