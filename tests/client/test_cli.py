@@ -64,6 +64,7 @@ def fail(kind: str, /) -> None:
         "three": Unreachable("nobody there"),
         "value": ValueError("epochs is 0; it must be at least 1"),
         "file": FileNotFoundError(2, "No such file or directory", "cat.jpg"),
+        "full": OSError(28, "No space left on device", "run/model.safetensors"),
         "bug": ZeroDivisionError("division by zero"),
         "missing": ModuleNotFoundError("No module named 'torch'", name="torch"),
         "inner": ModuleNotFoundError("No module named 'topfive_server.nonsense'", name="topfive_server.nonsense"),
@@ -231,6 +232,11 @@ def test_bad_values_of_environment_and_file_exit_2(
         ("three", 3, "topfive: nobody there\n"),
         ("value", 1, "topfive: epochs is 0; it must be at least 1\n"),
         ("file", 1, "topfive: cat.jpg: No such file or directory\n"),
+        (
+            "full",
+            1,
+            "topfive: run/model.safetensors: No space left on device; make room there and run it again\n",
+        ),
         (
             "missing",
             1,

@@ -1,10 +1,12 @@
 """The one command line, `topfive`: see `main`."""
 
+import errno
 import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Final
 
 from topfive.cli._commands import COMMANDS, Command
 from topfive.errors import TopfiveError
@@ -75,6 +77,14 @@ def _run(tokens: list[str], commands: Sequence[Command]) -> int:
     return status if isinstance(status, int) else 0
 
 
+_WAYS_OUT: Final = {
+    errno.ENOSPC: "; make room there and run it again",
+    errno.EDQUOT: "; make room there and run it again",
+    errno.EMFILE: "; allow more open files (`ulimit -n`)",
+}
+"""What to do about an error of the system that does not say so itself."""
+
+
 def explain(error: Exception, command: Command | None) -> tuple[str, int]:
     """The sentence for the user and the exit status."""
     if isinstance(error, TopfiveError):
@@ -83,7 +93,8 @@ def explain(error: Exception, command: Command | None) -> tuple[str, int]:
         return _explain_import(error, command)
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename is not None else ""
-        return f"{place}{error.strerror or error}", EXIT_FAILED
+        way_out = _WAYS_OUT.get(error.errno or 0, "")
+        return f"{place}{error.strerror or error}{way_out}", EXIT_FAILED
     if isinstance(error, ValueError):
         return str(error) or repr(error), EXIT_FAILED
     what = f"internal error, {type(error).__name__}: {error}"
