@@ -84,9 +84,13 @@ class WaitLimit:
         self._overload_wait_s = overload_wait_s
         self._began_at = float("-inf")
         self._refused_at = float("-inf")
+        self._grew = False
+        """Whether it began with a queue that grew."""
         self._growth = _Growth()
 
-    def check(self, wait_s: float, images: int, *, full_batch_s: float, max_batch: int) -> None:
+    def check(
+        self, wait_s: float, images: int, *, full_batch_s: float, max_batch: int, loops: bool = False
+    ) -> None:
         """Refuse whoever would wait too long.
 
         Args:
@@ -94,6 +98,7 @@ class WaitLimit:
             images: before it, those that are being computed included.
             full_batch_s: predicted time of a full batch.
             max_batch: images of a full batch.
+            loops: whether most who ask are clients in a loop, whose number grows until all have come (`Loops`).
 
         Raises:
             QueueFullError: longer than is allowed at present.
@@ -102,12 +107,14 @@ class WaitLimit:
         limit_s = self._max_wait_s or max(self.MAX_BATCHES * full_batch_s, self.LEAST_S)
         long_s = max(self.GROWN_BATCHES * full_batch_s, self.GROWN_LEAST_S)
         grown = self._growth.observe(now, images)
-        if self._overload(now) or (wait_s >= long_s and grown >= self.GROWN_BATCHES / 2 * max_batch):
+        growing = wait_s >= long_s and grown >= self.GROWN_BATCHES / 2 * max_batch
+        lasts = self._overload(now)
+        if (growing or lasts) and not (loops and (self._grew or not lasts)):
             short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
             limit_s = min(limit_s, self._overload_wait_s or short_s)
         if wait_s > limit_s:
-            if not self._overload(now):
-                self._began_at = now
+            if not lasts:
+                self._began_at, self._grew = now, growing
             self._refused_at = now
             raise QueueFullError(
                 f"the images before this one take {wait_s * 1000:.0f} ms; "
@@ -127,7 +134,7 @@ class _Growth:
     """
 
     SLOT_S: Final = 0.08
-    RISES: Final = 3
+    RISES: Final = 5
     REMEMBERED_S: Final = 5.0
 
     def __init__(self) -> None:
@@ -149,6 +156,39 @@ class _Growth:
         in_a_row = slot - begin <= self.RISES + 1
         record = all(longest < images for _, longest in before)
         return images - found if rises and in_a_row and record and images == run[-1][1] else 0
+
+
+class Loops:
+    """Whether those who are answered ask again at once, on the same connection.
+
+    Then they are so many as they are: a queue of theirs that grows is one that they are still coming to. Of requests that
+    come by themselves on connections that are kept, a third found one that had been answered the moment before.
+    """
+
+    PROMPT_S: Final = 0.02
+    """Seconds after an answer within which a loop asks again."""
+    SHARE: Final = 0.6
+    """Of the answers that are followed by a request, from which on it is loops."""
+    LEAST: Final = 16
+    MOST: Final = 128
+    """Answers that are looked at."""
+
+    def __init__(self) -> None:
+        self._answered = 0.0
+        self._followed = 0.0
+
+    def answered(self) -> None:
+        """A request was served."""
+        self._answered += 1
+        if self._answered >= self.MOST:
+            self._answered /= 2
+            self._followed /= 2
+
+    def asked(self, since_answer_s: float | None) -> bool:
+        """A request begins, so long after the answer to the one before on its connection: whether it is loops that ask."""
+        if since_answer_s is not None and since_answer_s < self.PROMPT_S:
+            self._followed += 1
+        return self._answered >= self.LEAST and self._followed >= self.SHARE * self._answered
 
 
 class Refusals:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from topfive_server.admission import Admission, Ticket
+from topfive_server.admission import Admission, Loops, Ticket
 from topfive_server.batcher import Arrival, Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
@@ -27,7 +27,7 @@ from topfive_server.errors import (
     TooLargeError,
 )
 from topfive_server.estimate import Average, Lateness
-from topfive_server.exchange import Exchange
+from topfive_server.exchange import SINCE_ANSWER, Exchange
 from topfive_server.job import PRIORITIES, Answer, Job, Priority
 from topfive_server.models import Models
 from topfive_server.receive import (
@@ -74,6 +74,7 @@ class ClassifyEndpoint:
         self._receive_s = Average()
         self._decode_s = Average()
         self._lateness = Lateness()
+        self._loops = Loops()
 
     async def __call__(self, exchange: Exchange, receive: Receive) -> None:
         """Answer one request.
@@ -111,6 +112,7 @@ class ClassifyEndpoint:
                 outcomes = await self._await_answers(jobs, deadline, receive)
             finally:
                 self._lateness.observe(predicted_s, monotonic() - begun)
+            self._loops.answered()
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
 
     async def _receive(
@@ -147,13 +149,14 @@ class ClassifyEndpoint:
             raise NotReadyError(
                 f"model {model.info.name} is not ready: {model.health.reason}", retry_after_s=5
             )
+        loops = self._loops.asked(exchange.scope.get(SINCE_ANSWER))
         length = declared_length(exchange.headers) or 0
         if length > self._config.max_body_bytes:
             raise TooLargeError(
                 f"the body has {length:,} bytes; the limit is {self._config.max_body_bytes:,}"
             )
         self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(wish))
-        model.refuse_a_long_wait(wish.priority)
+        model.refuse_a_long_wait(wish.priority, loops=loops)
         if wish.has_deadline:
             self._refuse_if_late(model, 1, wish.timeout_s - self._receive_s.or_zero())
         return model.batcher.arriving(wish.priority)

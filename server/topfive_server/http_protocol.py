@@ -3,6 +3,7 @@
 * Limits on the time and the size of headers, and a lossless goodbye; an idle connection ends whatever drips in.
 * An answer leaves in one piece: uvicorn writes its head and its body by themselves, which costs a second system call.
 * A connection is not read from for a moment where the application says so.
+* A request knows how long ago its connection was answered.
 * The body of the hot route reaches the application as the chunks that came from the socket, not copied twice more.
 """
 
@@ -14,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from topfive_server.config import ServerConfig
 from topfive_server.errors import BadRequestError, BodyTimeoutError, HeadersTooLargeError, RequestError
-from topfive_server.exchange import PAUSE
+from topfive_server.exchange import PAUSE, SINCE_ANSWER
 from topfive_server.receive import CHUNKS, Chunks
 
 GOODBYE_S: Final = 1.0
@@ -69,6 +70,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._leaving = False
         self._message_complete = False
         self._pause: asyncio.TimerHandle | None = None
+        self._answered_at: float | None = None
+        """When the last request was served, if it was not refused."""
         self._chunks: Chunks | None = None
         """Of the request under way, on the hot route."""
 
@@ -118,6 +121,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         self._chunks = None
+        if self._answered_at is not None:
+            self.scope[SINCE_ANSWER] = self.loop.time() - self._answered_at  # type: ignore[typeddict-unknown-key]
         if self.scope["path"] == DIRECT_PATH:
             self._chunks = self.scope[CHUNKS] = Chunks()  # type: ignore[typeddict-unknown-key]
         if self._leaving:
@@ -144,6 +149,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it."""
+        self._answered_at = None if PAUSE in self.cycle.scope else self.loop.time()
         super().on_response_complete()
         self._begin_pause()
 

@@ -158,8 +158,12 @@ class ServedModel:
         self._pool.decode(data, self.info.spec.preprocessing, self.input_side, job, decoded)
         return job
 
-    def refuse_a_long_wait(self, priority: Priority) -> None:
+    def refuse_a_long_wait(self, priority: Priority, *, loops: bool = False) -> None:
         """Refuse a request that would wait too long; scoring (`batch`) waits as long as the queue is.
+
+        Args:
+            priority: of the request.
+            loops: whether most requests come from clients in a loop.
 
         Raises:
             QueueFullError: it would.
@@ -171,6 +175,7 @@ class ServedModel:
                 batcher.images_before(priority),
                 full_batch_s=batcher.full_batch_s,
                 max_batch=batcher.max_batch,
+                loops=loops,
             )
 
     async def ready(self) -> bool:

@@ -1,5 +1,7 @@
 """Who is refused because too many are before him, by the limit alone and over HTTP with a fake engine."""
 
+import contextlib
+import http.client
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,15 +12,21 @@ from tests.server.test_app import send_files
 from tests.server.test_oip import arrays, infer
 
 from topfive_server import admission
-from topfive_server.admission import WaitLimit
+from topfive_server.admission import Loops, WaitLimit
 from topfive_server.errors import QueueFullError
 
 
 def refused(
-    limit: WaitLimit, wait_s: float, images: int = 0, *, full_batch_s: float = 1.0, max_batch: int = 32
+    limit: WaitLimit,
+    wait_s: float,
+    images: int = 0,
+    *,
+    full_batch_s: float = 1.0,
+    max_batch: int = 32,
+    loops: bool = False,
 ) -> bool:
     try:
-        limit.check(wait_s, images, full_batch_s=full_batch_s, max_batch=max_batch)
+        limit.check(wait_s, images, full_batch_s=full_batch_s, max_batch=max_batch, loops=loops)
     except QueueFullError:
         return True
     return False
@@ -59,20 +67,20 @@ def test_the_limits_follow_the_time_of_a_full_batch(now: list[float]) -> None:
     assert not refused(limit, 0.02, full_batch_s=0.0001)
 
 
-def refusals(now: list[float], limit: WaitLimit, *queues: int, every_s: float = 0.08) -> list[int]:
+def refusals(now: list[float], limit: WaitLimit, *queues: int, loops: bool = False) -> list[int]:
     """Who is refused of those who come one after the other and find so many images, of which 32 take a second."""
     found = []
     for images in queues:
-        if refused(limit, images / 32, images):
+        if refused(limit, images / 32, images, loops=loops):
             found.append(images)
-        now[0] += every_s
+        now[0] += 0.08
     return found
 
 
 def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    # Half a batch, and in the fourth slot in a row: from there on only 0.28 of one may be waited for.
-    assert refusals(now, limit, 4, 8, 12, 16, 10, 8, 9) == [16, 10, 9]
+    # Half a batch, and in the sixth slot in a row: from there on only 0.28 of one may be waited for.
+    assert refusals(now, limit, 2, 5, 8, 11, 14, 16, 10, 8, 9) == [16, 10, 9]
     now[0] += 1.1
     assert not refused(limit, 2.0, 64)
 
@@ -80,12 +88,12 @@ def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: li
 @pytest.mark.parametrize(
     ("what", "queues"),
     [
-        ("a burst that comes within two slots", (0, 30, 60, 60, 55, 50, 60, 60)),
+        ("a burst that comes within four slots", (0, 15, 30, 45, 60, 60, 55, 50, 60, 60)),
         ("patient clients", (0, 63, 63, 63, 63, 63, 63)),
         ("clients that come in two camps", (63, 31, 40, 50, 63, 33, 41, 52, 62, 30, 63)),
-        ("growth that is still short", (1, 4, 8, 12, 15)),
+        ("growth that is still short", (1, 2, 4, 8, 12, 15)),
         ("growth that is slow", (50, 51, 52, 53, 54, 55, 56, 57)),
-        ("growth with a pause", (5, 10, 20, 20, 25, 30, 30, 40)),
+        ("growth with a pause", (5, 10, 20, 20, 25, 30, 35, 40, 40, 45, 50)),
     ],
 )
 def test_no_overload_is(what: str, queues: tuple[int, ...], now: list[float]) -> None:
@@ -94,17 +102,84 @@ def test_no_overload_is(what: str, queues: tuple[int, ...], now: list[float]) ->
 
 def test_growth_across_a_time_in_which_nobody_came_is_none(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    assert refusals(now, limit, 10, 20, 30) == []
+    assert refusals(now, limit, 10, 15, 20, 25, 30) == []
     now[0] += 0.3
     assert not refused(limit, 1.2, 40)
 
 
 def test_many_who_never_stop_are_tried_again_after_a_while(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    assert refusals(now, limit, 8, 16, 24, 32) == [32]
+    assert refusals(now, limit, 4, 8, 12, 16, 24, 32) == [32]
     # One in each slot: refused for thirty seconds from the first on, and let in from then on.
     assert len(refusals(now, limit, *[40] * 1000)) == pytest.approx(30 / 0.08, abs=2)
     assert refusals(now, limit, *[40] * 20) == []
+
+
+def test_clients_in_a_loop_may_come_one_after_the_other(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
+    assert refusals(now, limit, *range(0, 70, 7), loops=True) == []
+    # Found out late: they are let in again.
+    assert refusals(now, limit, 70, 72, 74, 76) == [70, 72, 74, 76]
+    assert refusals(now, limit, 78, loops=True) == []
+    # But not beyond the limit of all, and then the overload lasts.
+    assert refusals(now, WaitLimit(max_wait_s=0, overload_wait_s=0), 81, 40, loops=True) == [81, 40]
+
+
+def test_loops_are_told_by_how_soon_they_ask_again() -> None:
+    loops = Loops()
+    for _ in range(15):
+        loops.answered()
+        assert not loops.asked(0.001)
+    loops.answered()
+    assert loops.asked(0.001)
+    for _ in range(200):  # a third of the requests finds a connection that was just answered
+        loops.answered()
+        loops.answered()
+        loops.answered()
+        loops.asked(0.001)
+        loops.asked(0.5)
+        loops.asked(None)
+    assert not loops.asked(None)
+    for _ in range(200):
+        loops.answered()
+        loops.asked(0.019)
+    assert loops.asked(None)
+
+
+def test_a_request_knows_how_long_ago_its_connection_was_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float | None] = []
+
+    def note(loops: Loops, since_answer_s: float | None) -> bool:
+        seen.append(since_answer_s)
+        return False
+
+    monkeypatch.setattr(Loops, "asked", note)
+    engine = FakeEngine(make_info(max_batch=8))
+    with serving(engine, max_wait_ms=14_000) as server, ThreadPoolExecutor() as threads:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        with contextlib.closing(connection):
+
+            def status() -> int:
+                connection.request("POST", "/v1/classify", picture(1))
+                answer = connection.getresponse()
+                answer.read()
+                return answer.status
+
+            assert [status(), status()] == [200, 200]
+            engine.batches.clear()
+            slow = Slow(server, threads)
+            slow.queue(1)
+            assert status() == 429
+            slow.answered()
+            assert status() == 200
+    on_this, others = [seen[0], seen[1], seen[4], seen[5]], seen[2:4]
+    assert others == [None, None]
+    first, second, third, after_a_refusal = on_this
+    assert first is None
+    assert second is not None
+    assert 0 <= second < 5
+    assert third is not None
+    assert after_a_refusal is None
 
 
 def test_whoever_wants_bursts_answered_late_sets_both_to_the_same(now: list[float]) -> None:
@@ -174,8 +249,10 @@ def test_a_wait_too_long_is_refused_at_once_and_says_when_to_come_back() -> None
 def test_the_default_limit_follows_the_models_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
 
-    def note(_: WaitLimit, wait_s: float, images: int, *, full_batch_s: float, max_batch: int) -> None:
-        assert (wait_s, images, max_batch) == (0, 0, 8)
+    def note(
+        _: WaitLimit, wait_s: float, images: int, *, full_batch_s: float, max_batch: int, loops: bool
+    ) -> None:
+        assert (wait_s, images, max_batch, loops) == (0, 0, 8, False)
         seen.append(full_batch_s)
 
     monkeypatch.setattr(WaitLimit, "check", note)
