@@ -161,16 +161,18 @@ class _Growth:
 class Loops:
     """Whether those who are answered ask again at once, on the same connection.
 
-    Then they are so many as they are: a queue of theirs that grows is one that they are still coming to. Of requests that
-    come by themselves on connections that are kept, a third found one that had been answered the moment before.
+    Then they are so many as they are: a queue of theirs that grows is one that they are still coming to. Requests that come by
+    themselves find connections that are kept and were answered the moment before as well, but only few of a whole batch.
     """
 
+    LEAST_BATCH: Final = 8
+    """Images of a batch from which on its answers are looked at."""
     PROMPT_S: Final = 0.02
     """Seconds after an answer within which a loop asks again."""
-    SHARE: Final = 0.6
+    SHARE: Final = 0.7
     """Of the answers that are followed by a request, from which on it is loops."""
     LEAST: Final = 16
-    MOST: Final = 128
+    MOST: Final = 64
     """Answers that are looked at."""
 
     def __init__(self) -> None:
@@ -178,7 +180,7 @@ class Loops:
         self._followed = 0.0
 
     def answered(self) -> None:
-        """A request was served."""
+        """A request was served out of a batch that is large enough."""
         self._answered += 1
         if self._answered >= self.MOST:
             self._answered /= 2

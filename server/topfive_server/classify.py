@@ -27,7 +27,7 @@ from topfive_server.errors import (
     TooLargeError,
 )
 from topfive_server.estimate import Average, Lateness
-from topfive_server.exchange import SINCE_ANSWER, Exchange
+from topfive_server.exchange import ANSWERED, SINCE_ANSWER, Exchange
 from topfive_server.job import PRIORITIES, Answer, Job, Priority
 from topfive_server.models import Models
 from topfive_server.receive import (
@@ -112,7 +112,9 @@ class ClassifyEndpoint:
                 outcomes = await self._await_answers(jobs, deadline, receive)
             finally:
                 self._lateness.observe(predicted_s, monotonic() - begun)
-            self._loops.answered()
+            if any(isinstance(o, Answer) and o.batch_size >= Loops.LEAST_BATCH for o in outcomes):
+                self._loops.answered()
+                exchange.scope[ANSWERED] = True
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
 
     async def _receive(

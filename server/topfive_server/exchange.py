@@ -18,8 +18,10 @@ KEY: Final = "topfive.exchange"
 """Where the ASGI scope holds the exchange."""
 PAUSE: Final = "topfive.pause"
 """Where the ASGI scope holds for how many seconds the connection is not to be read from after the answer."""
+ANSWERED: Final = "topfive.answered"
+"""Set in the ASGI scope of a request whose answer's time the connection is to remember."""
 SINCE_ANSWER: Final = "topfive.since_answer"
-"""Where the ASGI scope holds the seconds since the connection's last request was served; absent where none was."""
+"""Where the ASGI scope of the next one holds the seconds since then."""
 _JSON: Final = (b"content-type", b"application/json")
 _PROBLEM: Final = (b"content-type", b"application/problem+json")
 _NO_STORE: Final = (b"cache-control", b"no-store")

@@ -3,7 +3,7 @@
 * Limits on the time and the size of headers, and a lossless goodbye; an idle connection ends whatever drips in.
 * An answer leaves in one piece: uvicorn writes its head and its body by themselves, which costs a second system call.
 * A connection is not read from for a moment where the application says so.
-* A request knows how long ago its connection was answered.
+* A request knows how long ago its connection was answered, where the application wants to know.
 * The body of the hot route reaches the application as the chunks that came from the socket, not copied twice more.
 """
 
@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from topfive_server.config import ServerConfig
 from topfive_server.errors import BadRequestError, BodyTimeoutError, HeadersTooLargeError, RequestError
-from topfive_server.exchange import PAUSE, SINCE_ANSWER
+from topfive_server.exchange import ANSWERED, PAUSE, SINCE_ANSWER
 from topfive_server.receive import CHUNKS, Chunks
 
 GOODBYE_S: Final = 1.0
@@ -71,7 +71,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._message_complete = False
         self._pause: asyncio.TimerHandle | None = None
         self._answered_at: float | None = None
-        """When the last request was served, if it was not refused."""
+        """When the last request was answered, if that is to be remembered."""
         self._chunks: Chunks | None = None
         """Of the request under way, on the hot route."""
 
@@ -149,7 +149,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it."""
-        self._answered_at = None if PAUSE in self.cycle.scope else self.loop.time()
+        self._answered_at = self.loop.time() if ANSWERED in self.cycle.scope else None
         super().on_response_complete()
         self._begin_pause()
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from tests.server.fakes import FakeEngine, make_info, picture
 from tests.server.harness import Harness, Reply, eventually, serving
-from tests.server.test_app import send_files
+from tests.server.test_app import multipart, send_files
 from tests.server.test_oip import arrays, infer
 
 from topfive_server import admission
@@ -146,7 +146,9 @@ def test_loops_are_told_by_how_soon_they_ask_again() -> None:
     assert loops.asked(None)
 
 
-def test_a_request_knows_how_long_ago_its_connection_was_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_knows_how_long_ago_its_connection_was_answered_out_of_a_large_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[float | None] = []
 
     def note(loops: Loops, since_answer_s: float | None) -> bool:
@@ -154,32 +156,23 @@ def test_a_request_knows_how_long_ago_its_connection_was_served(monkeypatch: pyt
         return False
 
     monkeypatch.setattr(Loops, "asked", note)
-    engine = FakeEngine(make_info(max_batch=8))
-    with serving(engine, max_wait_ms=14_000) as server, ThreadPoolExecutor() as threads:
+    # However the first of them are batched, one of the batches is full.
+    body, kind = multipart(*[("a.png", picture(red)) for red in range(24)])
+    with serving(FakeEngine(make_info(max_batch=8))) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
         with contextlib.closing(connection):
-
-            def status() -> int:
-                connection.request("POST", "/v1/classify", picture(1))
-                answer = connection.getresponse()
-                answer.read()
-                return answer.status
-
-            assert [status(), status()] == [200, 200]
-            engine.batches.clear()
-            slow = Slow(server, threads)
-            slow.queue(1)
-            assert status() == 429
-            slow.answered()
-            assert status() == 200
-    on_this, others = [seen[0], seen[1], seen[4], seen[5]], seen[2:4]
-    assert others == [None, None]
-    first, second, third, after_a_refusal = on_this
-    assert first is None
-    assert second is not None
-    assert 0 <= second < 5
-    assert third is not None
-    assert after_a_refusal is None
+            for data, headers in (
+                (picture(1), {}),
+                (picture(2), {}),
+                (body, kind),
+                (picture(3), {}),
+                (picture(4), {}),
+            ):
+                connection.request("POST", "/v1/classify", data, headers)
+                assert connection.getresponse().read()
+    assert [since_s is not None for since_s in seen] == [False, False, False, True, False]
+    assert seen[3] is not None
+    assert 0 <= seen[3] < 5
 
 
 def test_whoever_wants_bursts_answered_late_sets_both_to_the_same(now: list[float]) -> None:
