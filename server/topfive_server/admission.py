@@ -84,8 +84,6 @@ class WaitLimit:
         self._overload_wait_s = overload_wait_s
         self._began_at = float("-inf")
         self._refused_at = float("-inf")
-        self._grew = False
-        """Whether it began with a queue that grew."""
         self._growth = _Growth()
 
     def check(
@@ -107,14 +105,14 @@ class WaitLimit:
         limit_s = self._max_wait_s or max(self.MAX_BATCHES * full_batch_s, self.LEAST_S)
         long_s = max(self.GROWN_BATCHES * full_batch_s, self.GROWN_LEAST_S)
         grown = self._growth.observe(now, images)
-        growing = wait_s >= long_s and grown >= self.GROWN_BATCHES / 2 * max_batch
+        growing = not loops and wait_s >= long_s and grown >= self.GROWN_BATCHES / 2 * max_batch
         lasts = self._overload(now)
-        if (growing or lasts) and not (loops and (self._grew or not lasts)):
+        if growing or lasts:
             short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
             limit_s = min(limit_s, self._overload_wait_s or short_s)
         if wait_s > limit_s:
             if not lasts:
-                self._began_at, self._grew = now, growing
+                self._began_at = now
             self._refused_at = now
             raise QueueFullError(
                 f"the images before this one take {wait_s * 1000:.0f} ms; "
