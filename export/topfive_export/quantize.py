@@ -119,13 +119,13 @@ def quantize(
 
         def attempt(scheme: Scheme) -> tuple[ModelProto, Comparison]:
             path = Path(scratch) / "quantized.onnx"
-            _quantize_static(source, path, images_MHWC, scheme, model)
+            quantized = _quantize_static(source, path, images_MHWC, scheme, model)
             answer = answer_onnx(onnx_file.load(path), images_MHWC, _BATCH)
             comparison = compare(reference, [answer], names, limits)
             label = scheme.ranges + "".join(f", {layer} in fp32" for layer in scheme.skipped)
             tried[label] = comparison.relative_difference
             say(f"int8, {label}: answers off by {comparison.relative_difference:.3f} of their spread")
-            return onnx.load(path), comparison
+            return quantized, comparison
 
         attempts = {scheme: attempt(scheme) for scheme in candidates}
         best = _best({scheme: found[1].relative_difference for scheme, found in attempts.items()})
@@ -176,20 +176,24 @@ def activate_before_pools(model: ModelProto) -> None:
     What the convolution before them gives is then quantised from zero on, with all 8 bits for what the ReLU leaves, and
     the pool reads the bytes as they are.
     """
-    graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    readers = Counter(name for node in graph.node for name in node.input)
-    for node in list(graph.node):
-        pool = makers.get(node.input[0]) if node.op_type == "Relu" else None
+    makers, readers = _links(model)
+    for relu in model.graph.node:
+        pool = makers.get(relu.input[0]) if relu.op_type == "Relu" else None
         if pool is None or pool.op_type != "MaxPool" or readers[pool.output[0]] > 1:
             continue
-        before, between, after = pool.input[0], pool.output[0], node.output[0]
-        node.input[0], node.output[0] = before, between
-        pool.input[0], pool.output[0] = between, after
-        # Nodes are in the order in which they can be computed.
-        graph.node.remove(node)
-        graph.node.insert(list(graph.node).index(pool), node)
-    del graph.value_info[:]  # the shapes of what lies between have changed
+        # They change places, and what they read and write stays: the order of the nodes, too.
+        pool.op_type, relu.op_type = relu.op_type, pool.op_type
+        pool.name, relu.name = relu.name, pool.name
+        relu.attribute.extend(pool.attribute)
+        del pool.attribute[:]
+    del model.graph.value_info[:]  # the shapes of what lies between have changed
+
+
+def _links(model: ModelProto) -> tuple[dict[str, NodeProto], Counter[str]]:
+    """The node that makes each tensor, and by how many each is read."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    return makers, readers
 
 
 def weight_nodes(model: ModelProto) -> tuple[dict[str, str], list[str]]:
@@ -213,7 +217,7 @@ def weight_nodes(model: ModelProto) -> tuple[dict[str, str], list[str]]:
 
 def _quantize_static(
     source: Path, target: Path, images_MHWC: NDArray[np.uint8], scheme: Scheme, model: ModelProto
-) -> None:
+) -> ModelProto:
     layers, norms = weight_nodes(model)
     options = scheme.options()
     if pixels := _bare_pixels(model, layers["conv1"]):
@@ -239,6 +243,7 @@ def _quantize_static(
     quantized = onnx.load(target)
     tidy(quantized)
     onnx.save(quantized, target)
+    return quantized
 
 
 def _bare_pixels(model: ModelProto, conv1: str) -> str:
@@ -256,8 +261,7 @@ def tidy(model: ModelProto) -> None:
     * The way of the pixels from bytes to floats and back to the same bytes.
     """
     graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    readers = Counter(name for node in graph.node for name in node.input)
+    makers, readers = _links(model)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     redundant: dict[str, str] = {}
     gone: list[NodeProto] = []

@@ -104,8 +104,8 @@ class WaitLimit:
         now = monotonic()
         limit_s = self._max_wait_s or max(self.MAX_BATCHES * full_batch_s, self.LEAST_S)
         long_s = max(self.GROWN_BATCHES * full_batch_s, self.GROWN_LEAST_S)
-        grown = self._growth.observe(now, images)
-        growing = not loops and wait_s >= long_s and grown >= self.GROWN_BATCHES / 2 * max_batch
+        self._growth.observe(now, images)
+        growing = not loops and wait_s >= long_s and self._growth.images >= self.GROWN_BATCHES / 2 * max_batch
         lasts = self._overload(now)
         if growing or lasts:
             short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
@@ -138,22 +138,28 @@ class _Growth:
     def __init__(self) -> None:
         self._slots: deque[tuple[int, int]] = deque(maxlen=round(self.REMEMBERED_S / self.SLOT_S))
         """Number of each slot in which somebody came, and the longest queue that was found."""
+        self._latest = 0
 
-    def observe(self, now: float, images: int) -> int:
-        """Take into account how many somebody found before him: images by which that has grown, 0 where it is no trend."""
+    def observe(self, now: float, images: int) -> None:
+        """Take into account how many images somebody found before him."""
         slots = self._slots
         slot = int(now / self.SLOT_S)
         if slots and slots[-1][0] == slot:
             slots[-1] = slot, max(slots[-1][1], images)
         else:
             slots.append((slot, images))
-        history = list(slots)
+        self._latest = images
+
+    @property
+    def images(self) -> int:
+        """Images by which the queue that was found last has grown, 0 where it is no trend."""
+        history = list(self._slots)
         before, run = history[: -self.RISES - 1], history[-self.RISES - 1 :]
-        begin, found = run[0]
+        (begin, found), (end, longest) = run[0], run[-1]
         rises = len(run) > self.RISES and all(one < next_ for (_, one), (_, next_) in pairwise(run))
-        in_a_row = slot - begin <= self.RISES + 1
-        record = all(longest < images for _, longest in before)
-        return images - found if rises and in_a_row and record and images == run[-1][1] else 0
+        in_a_row = end - begin <= self.RISES + 1
+        record = all(earlier < longest for _, earlier in before)
+        return longest - found if rises and in_a_row and record and self._latest == longest else 0
 
 
 class Loops:

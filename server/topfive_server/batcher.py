@@ -152,13 +152,15 @@ class Batcher:
 
     def seconds_of_wait(self, priority: Priority) -> float:
         """Measured estimate of what is before an image that is handed in now: the batches that must end first."""
-        expected = self._expected["interactive"] if priority == "interactive" else self.expected
-        return self._seconds(self._queue.before(priority), expected)
+        return self._seconds(self._queue.before(priority), self._expected_before(priority))
 
     def images_before(self, priority: Priority) -> int:
         """Images that are answered before one that is handed in now, those that are being computed included."""
-        expected = self._expected["interactive"] if priority == "interactive" else self.expected
-        return self._queue.before(priority) + expected + sum(size for _, size in self._computing.values())
+        computing = sum(size for _, size in self._computing.values())
+        return self._queue.before(priority) + self._expected_before(priority) + computing
+
+    def _expected_before(self, priority: Priority) -> int:
+        return self._expected["interactive"] if priority == "interactive" else self.expected
 
     @property
     def full_batch_s(self) -> float:
