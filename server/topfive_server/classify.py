@@ -112,7 +112,8 @@ class ClassifyEndpoint:
                 outcomes = await self._await_answers(jobs, deadline, receive)
             finally:
                 self._lateness.observe(predicted_s, monotonic() - begun)
-            if any(isinstance(o, Answer) and o.batch_size >= Loops.LEAST_BATCH for o in outcomes):
+            large = any(isinstance(o, Answer) and o.batch_size >= Loops.LEAST_BATCH for o in outcomes)
+            if large and wish.priority == "interactive":
                 self._loops.answered()
                 exchange.scope[ANSWERED] = True
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
