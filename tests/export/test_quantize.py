@@ -22,7 +22,7 @@ from topfive_export.gate import Answered, Disagreement, answer_onnx, answer_torc
 from topfive_export.graphs import build_graph
 from topfive_export.onnx_file import trace
 from topfive_export.pipeline import ExportConfig, run_export
-from topfive_export.quantize import LAYERS, Scheme, activate_before_pools, weight_nodes
+from topfive_export.quantize import LAYERS, Scheme, activate_before_pools, tidy, weight_nodes
 from topfive_export.variant import ExportError, Limits, Variant
 
 INT8 = Variant(precision="int8")
@@ -158,6 +158,56 @@ def test_removing_what_is_redundant_changes_no_answer(
         for each in (untidy.model, sample.model)
     ]
     assert np.array_equal(answers[0].scores_MK, answers[1].scores_MK)
+
+
+def _small_graph(maker: str, scale: float, zero_point: int, *, read_twice: bool = False) -> onnx.ModelProto:
+    """`maker`, and the quantisation of what it makes."""
+    make, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    bytes_, floats = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
+    attributes: dict[str, Any] = {"to": floats} if maker == "Cast" else {}
+    nodes = [
+        make(maker, ["x"], ["made"], **attributes),
+        make("QuantizeLinear", ["made", "scale", "zero"], ["q"]),
+        make("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    outputs = [tensor("y", floats, [4])]
+    if read_twice:
+        nodes.append(make("Neg", ["made"], ["also"]))
+        outputs.append(tensor("also", floats, [4]))
+    constants = [
+        onnx.numpy_helper.from_array(np.array(scale, np.float32), "scale"),
+        onnx.numpy_helper.from_array(np.array(zero_point, np.uint8), "zero"),
+    ]
+    inputs = [tensor("x", bytes_ if maker == "Cast" else floats, [4])]
+    graph = onnx.helper.make_graph(nodes, "small", inputs, outputs, constants)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("maker", "scale", "zero_point", "read_twice", "left"),
+    [
+        ("Relu", 0.5, 0, False, ["QuantizeLinear", "DequantizeLinear"]),
+        ("Relu", 0.5, 3, False, ["Relu", "QuantizeLinear", "DequantizeLinear"]),
+        ("Relu", 0.5, 0, True, ["Relu", "QuantizeLinear", "DequantizeLinear", "Neg"]),
+        ("Cast", 1.0, 0, False, ["DequantizeLinear"]),
+        ("Cast", 1.0, 1, False, ["Cast", "QuantizeLinear", "DequantizeLinear"]),
+        ("Cast", 0.5, 0, False, ["Cast", "QuantizeLinear", "DequantizeLinear"]),
+        ("Cast", 1.0, 0, True, ["Cast", "QuantizeLinear", "DequantizeLinear", "Neg"]),
+    ],
+)
+def test_only_what_is_redundant_is_removed(
+    maker: str, scale: float, zero_point: int, read_twice: bool, left: list[str]
+) -> None:
+    model = _small_graph(maker, scale, zero_point, read_twice=read_twice)
+    values = np.array([0, 1, 100, 255]) if maker == "Cast" else np.array([-3.0, 0.0, 1.0, 7.0])
+    given = {"x": values.astype(np.uint8 if maker == "Cast" else np.float32)}
+    before = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    tidy(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == left
+    after = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for one, other in zip(before.run(None, given), after.run(None, given), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_pixels_are_quantized_as_they_are_whatever_the_calibration_images_hold() -> None:

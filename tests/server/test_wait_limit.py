@@ -93,11 +93,24 @@ def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: li
         ("clients that come in two camps", (63, 31, 40, 50, 63, 33, 41, 52, 62, 30, 63)),
         ("growth that is still short", (1, 2, 4, 8, 12, 15)),
         ("growth that is slow", (50, 51, 52, 53, 54, 55, 56, 57)),
+        ("growth to what it was a moment ago", (63, 63, 10, 20, 30, 40, 50, 60, 63)),
         ("growth with a pause", (5, 10, 20, 20, 25, 30, 35, 40, 40, 45, 50)),
     ],
 )
 def test_no_overload_is(what: str, queues: tuple[int, ...], now: list[float]) -> None:
     assert refusals(now, WaitLimit(max_wait_s=0, overload_wait_s=0), *queues) == [], what
+
+
+def test_who_finds_less_than_others_of_his_slot_found_sees_no_growth(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
+    assert refusals(now, limit, 2, 6, 10, 14) == []
+    assert not refused(limit, 18 / 32, 18)
+    now[0] += 0.08
+    # Of the slot that makes it an overload the first finds too little for one, and the third less than the second.
+    assert not refused(limit, 15 / 32, 15)
+    limit.check(0.4, 30, full_batch_s=1.0, max_batch=32)  # many images that take little
+    assert not refused(limit, 29 / 32, 29)
+    assert refused(limit, 31 / 32, 31)
 
 
 def test_growth_across_a_time_in_which_nobody_came_is_none(now: list[float]) -> None:
@@ -144,6 +157,10 @@ def test_loops_are_told_by_how_soon_they_ask_again() -> None:
         loops.answered()
         loops.asked(0.019)
     assert loops.asked(None)
+    for _ in range(200):  # everybody comes back, and nobody at once
+        loops.answered()
+        loops.asked(0.021)
+    assert not loops.asked(None)
 
 
 def test_a_request_knows_how_long_ago_its_connection_was_answered_out_of_a_large_batch(
@@ -255,6 +272,26 @@ def test_the_default_limit_follows_the_models_own_batches(monkeypatch: pytest.Mo
         server.on_loop(lambda: server.model.batcher.times.calibrate([(1, 1.0), (8, 8.0)]))
         assert server.classify(picture(1)).status == 200
     assert seen == [8.0]
+
+
+def test_the_limit_is_told_how_many_are_before_and_whether_clients_ask_in_a_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def note(
+        _: WaitLimit, wait_s: float, images: int, *, full_batch_s: float, max_batch: int, loops: bool
+    ) -> None:
+        seen.append((images, loops))
+
+    monkeypatch.setattr(WaitLimit, "check", note)
+    monkeypatch.setattr(Loops, "asked", lambda _, __: True)
+    with serving(FakeEngine(make_info(max_batch=8))) as server, ThreadPoolExecutor() as threads:
+        slow = Slow(server, threads)
+        slow.queue(1, 2)
+        assert slow.answered() == [0, 1, 2]
+    # One in the engine, then one that waits as well.
+    assert seen == [(0, True), (1, True), (2, True)]
 
 
 def test_scoring_waits_and_is_in_nobodys_way() -> None:
