@@ -139,6 +139,22 @@ def test_a_relu_goes_before_its_pool_and_nothing_changes(name: ArchitectureName)
     assert ("MaxPool", "Relu") not in pairwise(after)
 
 
+def test_a_pool_that_others_read_as_well_stays_before_its_relu() -> None:
+    make, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        make("MaxPool", ["x"], ["pooled"], kernel_shape=[2, 2]),
+        make("Relu", ["pooled"], ["y"]),
+        make("Neg", ["pooled"], ["also"]),
+    ]
+    floats = onnx.TensorProto.FLOAT
+    outputs = [tensor(name, floats, [1, 1, 3, 3]) for name in ("y", "also")]
+    graph = onnx.helper.make_graph(nodes, "small", [tensor("x", floats, [1, 1, 4, 4])], outputs)
+    model = onnx.helper.make_model(graph)
+    before = model.SerializeToString()
+    activate_before_pools(model)
+    assert model.SerializeToString() == before
+
+
 def test_removing_what_is_redundant_changes_no_answer(
     sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
