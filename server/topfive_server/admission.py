@@ -68,8 +68,10 @@ class WaitLimit:
     """`overload_wait` where none is set, in full batches."""
     OVERLOAD_LEAST_S: Final = 0.02
     """Least that this comes to."""
-    GROWN_BATCHES: Final = 0.5
-    """From how long a wait on, in full batches, growth shows an overload: half as many images must have been added."""
+    GROWN_BATCHES: Final = 0.7
+    """From how long a wait on, in full batches, growth shows an overload: half as many images must have been added.
+
+    At half a batch the queue of 95 % of what can be served is often enough, by chance."""
     GROWN_LEAST_S: Final = 0.05
     """Least that this comes to."""
     CALM_S: Final = 1.0
@@ -128,11 +130,13 @@ class _Growth:
     """By how much the queue has grown for longer than a burst lasts, beyond all that it has been of late.
 
     Clients that ask when they are answered make it jump once, to as many as they are, and never beyond; an overload makes
-    it grow as long as it lasts. What counts is each slot's longest queue: `RISES` slots in a row, each above the one before.
+    it grow as long as it lasts. What counts is each slot's longest queue: in `RISES` of `SLOTS` slots above the one before.
+    (Not in all of them: at twice the rate that can be served chance held up one overload in five for half a second.)
     """
 
     SLOT_S: Final = 0.08
-    RISES: Final = 5
+    SLOTS: Final = 6
+    RISES: Final = 4
     REMEMBERED_S: Final = 5.0
 
     def __init__(self) -> None:
@@ -154,11 +158,11 @@ class _Growth:
     def images(self) -> int:
         """Images by which the queue that was found last has grown, 0 where it is no trend."""
         history = list(self._slots)
-        before, run = history[: -self.RISES - 1], history[-self.RISES - 1 :]
+        run = history[-self.SLOTS - 1 :]
         (begin, found), (end, longest) = run[0], run[-1]
-        rises = len(run) > self.RISES and all(one < next_ for (_, one), (_, next_) in pairwise(run))
-        in_a_row = end - begin <= self.RISES + 1
-        record = all(earlier < longest for _, earlier in before)
+        rises = sum(one < next_ for (_, one), (_, next_) in pairwise(run)) >= self.RISES
+        in_a_row = len(run) > self.SLOTS and end - begin <= self.SLOTS + 1
+        record = all(earlier < longest for _, earlier in history[:-1])
         return longest - found if rises and in_a_row and record and self._latest == longest else 0
 
 

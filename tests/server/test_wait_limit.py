@@ -79,8 +79,8 @@ def refusals(now: list[float], limit: WaitLimit, *queues: int, loops: bool = Fal
 
 def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    # Half a batch, and in the sixth slot in a row: from there on only 0.28 of one may be waited for.
-    assert refusals(now, limit, 2, 5, 8, 11, 14, 16, 10, 8, 9) == [16, 10, 9]
+    # 0.7 of a batch, above the slot before in four of six: from there on only 0.28 of one may be waited for.
+    assert refusals(now, limit, 2, 8, 8, 14, 19, 17, 23, 10, 8, 9) == [23, 10, 9]
     now[0] += 1.1
     assert not refused(limit, 2.0, 64)
 
@@ -88,13 +88,14 @@ def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: li
 @pytest.mark.parametrize(
     ("what", "queues"),
     [
-        ("a burst that comes within four slots", (0, 15, 30, 45, 60, 60, 55, 50, 60, 60)),
+        ("a burst that comes within three slots", (0, 20, 40, 60, 60, 55, 50, 60, 60)),
         ("patient clients", (0, 63, 63, 63, 63, 63, 63)),
         ("clients that come in two camps", (63, 31, 40, 50, 63, 33, 41, 52, 62, 30, 63)),
-        ("growth that is still short", (1, 2, 4, 8, 12, 15)),
+        ("growth that is still short", (1, 2, 4, 8, 12, 16, 22)),
         ("growth that is slow", (50, 51, 52, 53, 54, 55, 56, 57)),
         ("growth to what it was a moment ago", (63, 63, 10, 20, 30, 40, 50, 60, 63)),
-        ("growth with a pause", (5, 10, 20, 20, 25, 30, 35, 40, 40, 45, 50)),
+        ("growth in every other slot", (5, 10, 10, 20, 20, 25, 25, 30, 30, 40, 40, 50, 50, 60)),
+        ("growth below what it was within", (0, 5, 10, 30, 15, 20, 29)),
     ],
 )
 def test_no_overload_is(what: str, queues: tuple[int, ...], now: list[float]) -> None:
@@ -103,26 +104,24 @@ def test_no_overload_is(what: str, queues: tuple[int, ...], now: list[float]) ->
 
 def test_who_finds_less_than_others_of_his_slot_found_sees_no_growth(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    assert refusals(now, limit, 2, 6, 10, 14) == []
-    assert not refused(limit, 18 / 32, 18)
-    now[0] += 0.08
+    assert refusals(now, limit, 6, 6, 6, 10, 14, 18) == []
     # Of the slot that makes it an overload the first finds too little for one, and the third less than the second.
-    assert not refused(limit, 15 / 32, 15)
-    limit.check(0.4, 30, full_batch_s=1.0, max_batch=32)  # many images that take little
+    assert not refused(limit, 22 / 32, 22)
+    limit.check(0.6, 30, full_batch_s=1.0, max_batch=32)  # many images that take little
     assert not refused(limit, 29 / 32, 29)
     assert refused(limit, 31 / 32, 31)
 
 
 def test_growth_across_a_time_in_which_nobody_came_is_none(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    assert refusals(now, limit, 10, 15, 20, 25, 30) == []
+    assert refusals(now, limit, 2, 5, 8, 12, 15, 18) == []
     now[0] += 0.3
     assert not refused(limit, 1.2, 40)
 
 
 def test_many_who_never_stop_are_tried_again_after_a_while(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    assert refusals(now, limit, 4, 8, 12, 16, 24, 32) == [32]
+    assert refusals(now, limit, 4, 8, 12, 14, 16, 20, 32) == [32]
     # One in each slot: refused for thirty seconds from the first on, and let in from then on.
     assert len(refusals(now, limit, *[40] * 1000)) == pytest.approx(30 / 0.08, abs=2)
     assert refusals(now, limit, *[40] * 20) == []
