@@ -8,6 +8,7 @@ Per image: format allow-list and pixel count from the header, before anything is
 """
 
 import io
+import re
 from dataclasses import dataclass
 from typing import BinaryIO, Final, NamedTuple
 
@@ -161,8 +162,11 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         allowed = "JPEG, PNG, WebP, GIF, BMP, TIFF"
         raise UnsupportedFormatError(f"the data is not an image of an allowed format ({allowed})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow says how many, and keeps the image to itself.
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
-        raise ImageTooLargeError(f"the image has too many pixels; the limit is {limit:,}") from error
+        count = re.search(r"\d+", str(error))
+        pixels = f"{int(count[0]):,}" if count else "too many"
+        raise ImageTooLargeError(f"the image has {pixels} pixels; the limit is {limit:,}") from error
     width, height = image.size
     if width * height > max_pixels:
         image.close()

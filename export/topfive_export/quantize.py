@@ -132,14 +132,17 @@ def quantize(
         quantized, comparison = attempts[best]
         if not _beyond(comparison, limits):
             return Quantized(model=quantized, scheme=best, tried=tried)
-        alone = {
-            layer: attempt(dataclasses.replace(best, skipped=(layer,)))[1].relative_difference
-            for layer in LAYERS
-        }
+        alone: dict[str, float] = {}
+        for layer in LAYERS:
+            found = attempt(dataclasses.replace(best, skipped=(layer,)))
+            if found[1].relative_difference < min(alone.values(), default=float("inf")):
+                quantized, comparison = found
+            alone[layer] = found[1].relative_difference
         order = sorted(LAYERS, key=lambda layer: alone[layer])
         for count in range(1, MAX_SKIPPED + 1):
             scheme = dataclasses.replace(best, skipped=tuple(sorted(order[:count])))
-            quantized, comparison = attempt(scheme)
+            if count > 1:
+                quantized, comparison = attempt(scheme)
             if not (reason := _beyond(comparison, limits)):
                 return Quantized(model=quantized, scheme=scheme, tried=tried)
     raise ExportError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from topfive_training.evaluate import ClassAccuracy
 from topfive_training.squares import Pixels
 
-_BLUE, _RED, _GREY = "#3465a4", "#c0392b", "#b8bec6"
+_BLUE, _RED, _GREY, _ORANGE = "#3465a4", "#c0392b", "#b8bec6", "#b35900"
 _MANY_CLASSES: Final = 40
 
 
@@ -104,7 +104,7 @@ def answers(rows: Sequence[tuple[Pixels, str, Sequence[tuple[str, float]]]]) -> 
         image, bars = grid[2 * line][column], grid[2 * line + 1][column]
         image.imshow(picture)
         right = guesses[0][0] == truth
-        image.set_title(_short(truth), fontsize=11, fontweight="bold", color="black" if right else _RED)
+        image.set_title(_short(truth), fontsize=11, fontweight="bold", color="black" if right else _ORANGE)
         for place, (label, probability) in enumerate(guesses):
             color = _RED if label == truth else _BLUE
             bars.barh(-place, probability, color=color, alpha=0.55, height=0.85)
@@ -128,7 +128,7 @@ def neighbours(rows: Sequence[Sequence[tuple[Pixels, str]]]) -> bytes:
                 _short(label, 18),
                 fontsize=8,
                 fontweight="bold" if column == 0 else "normal",
-                color="black" if same else _RED,
+                color="black" if same else _ORANGE,
             )
     return png(figure)
 
