@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from topfive_server.admission import Admission, Loops, Ticket
+from topfive_server.admission import Admission, Ticket
 from topfive_server.batcher import Arrival, Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
@@ -74,7 +74,6 @@ class ClassifyEndpoint:
         self._receive_s = Average()
         self._decode_s = Average()
         self._lateness = Lateness()
-        self._loops = Loops()
 
     async def __call__(self, exchange: Exchange, receive: Receive) -> None:
         """Answer one request.
@@ -112,9 +111,8 @@ class ClassifyEndpoint:
                 outcomes = await self._await_answers(jobs, deadline, receive)
             finally:
                 self._lateness.observe(predicted_s, monotonic() - begun)
-            large = any(isinstance(o, Answer) and o.batch_size >= Loops.LEAST_BATCH for o in outcomes)
-            if large and wish.priority == "interactive":
-                self._loops.answered()
+            largest = max((o.batch_size for o in outcomes if isinstance(o, Answer)), default=0)
+            if model.remember_answer(wish.priority, largest):
                 exchange.scope[ANSWERED] = True
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
 
@@ -152,14 +150,13 @@ class ClassifyEndpoint:
             raise NotReadyError(
                 f"model {model.info.name} is not ready: {model.health.reason}", retry_after_s=5
             )
-        loops = self._loops.asked(exchange.scope.get(SINCE_ANSWER))
         length = declared_length(exchange.headers) or 0
         if length > self._config.max_body_bytes:
             raise TooLargeError(
                 f"the body has {length:,} bytes; the limit is {self._config.max_body_bytes:,}"
             )
         self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(wish))
-        model.refuse_a_long_wait(wish.priority, loops=loops)
+        model.refuse_a_long_wait(wish.priority, exchange.scope.get(SINCE_ANSWER))
         if wish.has_deadline:
             self._refuse_if_late(model, 1, wish.timeout_s - self._receive_s.or_zero())
         return model.batcher.arriving(wish.priority)

@@ -22,7 +22,7 @@ from topfive_server.errors import (
     RequestError,
     TooLargeError,
 )
-from topfive_server.exchange import Exchange
+from topfive_server.exchange import ANSWERED, SINCE_ANSWER, Exchange
 from topfive_server.job import Answer
 from topfive_server.models import Models
 from topfive_server.oip_codec import (
@@ -33,7 +33,7 @@ from topfive_server.oip_codec import (
     encode_response,
     parse_request,
 )
-from topfive_server.oip_compute import compute, find_model, interface_of, stack
+from topfive_server.oip_compute import compute, find_model, interface_of, priority_of, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.receive import ClientGoneError, Receive, read_body
 from topfive_server.served_model import ServedModel
@@ -198,12 +198,16 @@ class OpenInference:
                     config=self._config,
                     gone=_gone(receive),
                     jobs=exchange.jobs,
+                    since_answer_s=exchange.scope.get(SINCE_ANSWER),
                 )
             except RequestError:
                 statistics.failures += 1
                 statistics.failure_s += monotonic() - exchange.started
                 raise
             statistics.add(answers, monotonic() - exchange.started)
+            largest = max((answer.batch_size for answer in answers), default=0)
+            if model.remember_answer(priority_of(request), largest):
+                exchange.scope[ANSWERED] = True
             return self._reply(exchange, request, model, answers)
 
     async def _receive(

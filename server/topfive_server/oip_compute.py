@@ -25,6 +25,7 @@ async def compute(
     config: ServerConfig,
     gone: Coroutine[Any, Any, None] | None,
     jobs: list[Job],
+    since_answer_s: float | None = None,
 ) -> list[Answer]:
     """Every image's answer.
 
@@ -35,6 +36,7 @@ async def compute(
         config: bounds the time-out.
         gone: returns when the client has left; None where leaving cancels the caller.
         jobs: empty; is filled with the images on their way.
+        since_answer_s: as `ServedModel.refuse_a_long_wait` takes it.
 
     Raises:
         QueueFullError: the wait would be too long.
@@ -43,9 +45,9 @@ async def compute(
     """
     loop = asyncio.get_running_loop()
     deadline = started + min(request.timeout_s or config.request_timeout_s, config.request_timeout_s)
-    priority: Priority = "batch" if request.priority > 1 else "interactive"
+    priority = priority_of(request)
     try:
-        model.refuse_a_long_wait(priority)
+        model.refuse_a_long_wait(priority, since_answer_s)
     except QueueFullError:
         if gone is not None:
             gone.close()  # nobody will await it
@@ -81,6 +83,11 @@ async def compute(
             # One image's error is the request's: the others' answers are not waited for, nor left unread.
             if not job.answer.cancel() and not job.answer.cancelled():
                 job.answer.exception()
+
+
+def priority_of(request: InferRequest) -> Priority:
+    """Triton's priority 0 is the default and 1 the highest; what is below it waits for people."""
+    return "batch" if request.priority > 1 else "interactive"
 
 
 def find_model(models: Models, name: str, version: str | None) -> ServedModel:

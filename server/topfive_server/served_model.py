@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from topfive_server.admission import WaitLimit
+from topfive_server.admission import Loops, WaitLimit
 from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool, Pixels
@@ -96,6 +96,7 @@ class ServedModel:
         self._probe: asyncio.Task[bool] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._closed = False
+        self._loops = Loops()
         self._wait_limit = WaitLimit(
             max_wait_s=config.max_wait_ms / 1000, overload_wait_s=config.overload_wait_ms / 1000
         )
@@ -158,16 +159,17 @@ class ServedModel:
         self._pool.decode(data, self.info.spec.preprocessing, self.input_side, job, decoded)
         return job
 
-    def refuse_a_long_wait(self, priority: Priority, *, loops: bool = False) -> None:
+    def refuse_a_long_wait(self, priority: Priority, since_answer_s: float | None = None) -> None:
         """Refuse a request that would wait too long; scoring (`batch`) waits as long as the queue is.
 
         Args:
             priority: of the request.
-            loops: whether most requests come from clients in a loop.
+            since_answer_s: since its connection got an answer that `remember_answer` told it to remember.
 
         Raises:
             QueueFullError: it would.
         """
+        loops = self._loops.asked(since_answer_s)
         if priority == "interactive":
             batcher = self.batcher
             self._wait_limit.check(
@@ -177,6 +179,18 @@ class ServedModel:
                 max_batch=batcher.max_batch,
                 loops=loops,
             )
+
+    def remember_answer(self, priority: Priority, batch_size: int) -> bool:
+        """Whether the connection is to remember when it was answered, for `refuse_a_long_wait`.
+
+        Args:
+            priority: of the request that is answered; scoring asks in a loop, whatever people do.
+            batch_size: of the largest batch that its images were in.
+        """
+        if priority != "interactive" or batch_size < Loops.LEAST_BATCH:
+            return False
+        self._loops.answered()
+        return True
 
     async def ready(self) -> bool:
         """Whether an image gets through now; sends the golden image unless a batch has just succeeded."""

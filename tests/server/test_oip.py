@@ -1,6 +1,8 @@
 """The Open Inference Protocol over a real socket; requests as stock clients were recorded to send them."""
 
+import contextlib
 import gzip
+import http.client
 import json
 import subprocess
 import textwrap
@@ -17,6 +19,7 @@ from tests.server.fakes import CLASSES, CROP, FakeEngine, make_info, pixels, pre
 from tests.server.harness import Harness, Reply, eventually, serving
 from tests.server.real_triton import triton_program
 
+from topfive_server.admission import Loops
 from topfive_server.oip_codec import Interface, ProtocolError, parse_request
 
 INTERFACE = Interface(
@@ -597,3 +600,23 @@ def test_the_stock_triton_client_works_unchanged(server: Harness) -> None:
         check=False,
     )
     assert done.stdout.strip() == "all answered", done.stderr
+
+
+def test_clients_in_a_loop_are_told_by_their_connections_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def note(_: Loops, since_answer_s: float | None) -> bool:
+        seen.append(since_answer_s is not None)
+        return False
+
+    monkeypatch.setattr(Loops, "asked", note)
+    lone, many = message(tensor(1)), message(tensor(*range(8)))
+    scoring = message(tensor(*range(8)), parameters={"priority": 2})
+    with serving(FakeEngine(make_info("fake", "1", max_batch=8))) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        with contextlib.closing(connection):
+            for body, headers in (lone, lone, many, lone, scoring, lone):
+                connection.request("POST", INFER, body, headers)
+                assert connection.getresponse().read()
+    # Only after a large batch, and not after scoring, which asks in a loop whatever people do.
+    assert seen == [False, False, False, True, False, False]
