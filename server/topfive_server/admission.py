@@ -57,7 +57,7 @@ class WaitLimit:
     A burst is no overload, and neither are many patient clients that each ask again when they are answered: they are
     served, and wait as long as `max_wait` allows. An overload shows by a queue that keeps growing (`_Growth`), or that is
     too long for somebody: more comes than can be answered, and nothing that waits shortens the queue. From then on only
-    what waits briefly is let in, the least that still fills batches well, until nobody has been refused for a while.
+    what waits briefly is let in, the least that still fills batches well, until few are refused for it: so much can be served.
     """
 
     MAX_BATCHES: Final = 2.5
@@ -68,15 +68,17 @@ class WaitLimit:
     """`overload_wait` where none is set, in full batches."""
     OVERLOAD_LEAST_S: Final = 0.02
     """Least that this comes to."""
-    GROWN_BATCHES: Final = 0.7
+    GROWN_BATCHES: Final = 0.8
     """From how long a wait on, in full batches, growth shows an overload: half as many images must have been added.
 
     At half a batch the queue of 95 % of what can be served is often enough, by chance."""
     GROWN_LEAST_S: Final = 0.05
     """Least that this comes to."""
     CALM_S: Final = 1.0
-    """Seconds without a refusal after which the overload is over."""
-    LONGEST_S: Final = 30.0
+    """Seconds after which the overload is over if nobody has been refused in them, or less than `CALM_SHARE`."""
+    CALM_SHARE: Final = 0.1
+    """Short waits cost a tenth of the throughput: so much is refused for them where all could be served."""
+    LONGEST_S: Final = 60.0
     """Seconds after which an overload has to show anew: clients that ask again as soon as they are refused never let it
     become calm, and may be few enough to be served."""
 
@@ -84,8 +86,10 @@ class WaitLimit:
         """In seconds; 0 takes the multiple of a full batch's time."""
         self._max_wait_s = max_wait_s
         self._overload_wait_s = overload_wait_s
-        self._began_at = float("-inf")
-        self._refused_at = float("-inf")
+        self._began_at: float | None = None
+        """When the overload began; None without one."""
+        self._refused_at = self._counted_since = 0.0
+        self._asked = self._refused = 0
         self._growth = _Growth()
 
     def check(
@@ -112,10 +116,13 @@ class WaitLimit:
         if growing or lasts:
             short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
             limit_s = min(limit_s, self._overload_wait_s or short_s)
+        self._asked += 1
         if wait_s > limit_s:
             if not lasts:
-                self._began_at = now
+                self._began_at = self._counted_since = now
+                self._asked, self._refused = 1, 0
             self._refused_at = now
+            self._refused += 1
             raise QueueFullError(
                 f"the images before this one take {wait_s * 1000:.0f} ms; "
                 f"at the present load at most {limit_s * 1000:.0f} ms are waited for",
@@ -123,7 +130,16 @@ class WaitLimit:
             )
 
     def _overload(self, now: float) -> bool:
-        return now - self._refused_at < self.CALM_S and now - self._began_at < self.LONGEST_S
+        """Whether it lasts."""
+        if self._began_at is None:
+            return False
+        calm = now - self._refused_at >= self.CALM_S or now - self._began_at >= self.LONGEST_S
+        if now - self._counted_since >= self.CALM_S:
+            calm = calm or self._refused < self.CALM_SHARE * self._asked
+            self._counted_since, self._asked, self._refused = now, 0, 0
+        if calm:
+            self._began_at = None
+        return self._began_at is not None
 
 
 class _Growth:

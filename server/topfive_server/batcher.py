@@ -102,6 +102,8 @@ class Batcher:
         self._shares_cores = engine.info.device == "cpu"
         self._free_since = float("-inf")
         """When the engine last finished a batch."""
+        self._answered = self._come = 0
+        """Images of that batch, and those that have been handed in since."""
         self._loop = asyncio.get_running_loop()
         self._queue = Queue()
         self._expected: dict[Priority, int] = dict.fromkeys(PRIORITIES, 0)
@@ -139,6 +141,7 @@ class Batcher:
             job.fail(NotReadyError(self.dead_because, retry_after_s=5))
         else:
             self._queue.push(job)
+            self._come += 1
         self._wake()
 
     @property
@@ -226,8 +229,9 @@ class Batcher:
         return self._complete() or len(self._queue) != size
 
     def _joined(self) -> bool:
-        """Somebody is about to join the batch, or there is no room."""
-        return self.expected > 0 or len(self._queue) >= self.max_batch
+        """Somebody is about to join the batch, there is no room, or all are back who were just answered."""
+        back = self._come >= self._answered
+        return self.expected > 0 or back or len(self._queue) >= self.max_batch
 
     def _linger_s(self) -> float:
         """How long an engine that has just finished waits for somebody to come: less than a saved batch is worth."""
@@ -334,8 +338,8 @@ class Batcher:
             self._on_dead(because)
 
     def _computed(self, task: asyncio.Task[None]) -> None:
-        del self._computing[task]
-        self._free_since = monotonic()
+        _, self._answered = self._computing.pop(task)
+        self._free_since, self._come = monotonic(), 0
         self._wake()
 
     async def _until(self, condition: Callable[[], bool], *, deadline: float | None = None) -> None:

@@ -54,6 +54,21 @@ def test_a_burst_may_wait_longer_than_an_overload_until_that_is_over(now: list[f
     assert not refused(limit, 3.0)
 
 
+@pytest.mark.parametrize(("let_in", "lasts"), [(19, False), (18, True)])
+def test_an_overload_is_over_when_few_are_refused(let_in: int, lasts: bool, now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=3.0, overload_wait_s=0.5)
+    began = now[0]
+    assert refused(limit, 3.1)
+    now[0] += 0.1
+    assert refused(limit, 0.6)
+    for _ in range(let_in):
+        now[0] += 0.04
+        assert not refused(limit, 0.5)
+    # Two of 21 in a second are few, two of 20 are a tenth.
+    now[0] = began + 1
+    assert refused(limit, 3.0) is lasts
+
+
 def test_the_limits_follow_the_time_of_a_full_batch(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
     assert not refused(limit, 2.5 * 7, full_batch_s=7)
@@ -79,8 +94,8 @@ def refusals(now: list[float], limit: WaitLimit, *queues: int, loops: bool = Fal
 
 def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    # 0.7 of a batch, above the slot before in four of six: from there on only 0.28 of one may be waited for.
-    assert refusals(now, limit, 2, 8, 8, 14, 19, 17, 23, 10, 8, 9) == [23, 10, 9]
+    # 0.8 of a batch, above the slot before in four of six: from there on only 0.28 of one may be waited for.
+    assert refusals(now, limit, 2, 8, 8, 14, 19, 17, 26, 10, 8, 9) == [26, 10, 9]
     now[0] += 1.1
     assert not refused(limit, 2.0, 64)
 
@@ -122,8 +137,8 @@ def test_growth_across_a_time_in_which_nobody_came_is_none(now: list[float]) -> 
 def test_many_who_never_stop_are_tried_again_after_a_while(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
     assert refusals(now, limit, 4, 8, 12, 14, 16, 20, 32) == [32]
-    # One in each slot: refused for thirty seconds from the first on, and let in from then on.
-    assert len(refusals(now, limit, *[40] * 1000)) == pytest.approx(30 / 0.08, abs=2)
+    # One in each slot: refused for a minute from the first on, and let in from then on.
+    assert len(refusals(now, limit, *[40] * 1000)) == pytest.approx(60 / 0.08, abs=2)
     assert refusals(now, limit, *[40] * 20) == []
 
 
