@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.server.fakes import FakeEngine, make_info, pixels, probability
 
+from topfive_server import batcher as batching
 from topfive_server import estimate
 from topfive_server.batcher import Batcher
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
@@ -142,6 +143,30 @@ def test_an_engine_that_has_just_finished_lingers_only_for_a_moment() -> None:
         await asyncio.gather(first.answer, second.answer)
         assert bench.engine.batches == [[1], [2]]
 
+    on_loop(test)
+
+
+def test_nobody_is_waited_for_who_is_back_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        bench = Bench(FakeEngine(make_info(max_batch=4)), max_delay_s=1000)
+        bench.batcher.times.calibrate([(1, 5000.0), (4, 5000.0)])
+        # A lone client, whose next photograph is decoded sooner than an engine lingers.
+        for red in (1, 2):
+            await bench.send(red, timeout_s=1e9).answer
+            await settle()
+        pair = [bench.send(red, timeout_s=1e9) for red in (3, 4)]
+        await asyncio.gather(*(job.answer for job in pair))
+        await settle()
+        assert bench.engine.batches == [[1], [2], [3, 4]]
+        # Of two that were answered together one is back.
+        first = bench.send(5, timeout_s=1e9)
+        await settle()
+        assert len(bench.engine.batches) == 3
+        second = bench.send(6, timeout_s=1e9)
+        await asyncio.gather(first.answer, second.answer)
+        assert bench.engine.batches[3:] == [[5, 6]]
+
+    monkeypatch.setattr(batching, "_LINGER_S", 1000)
     on_loop(test)
 
 
