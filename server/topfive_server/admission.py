@@ -64,7 +64,7 @@ class WaitLimit:
     """`max_wait` where none is set, in full batches."""
     LEAST_S: Final = 0.5
     """Least that this comes to: where batches are short, many clients are no overload, and neither is a pause of the machine."""
-    OVERLOAD_BATCHES: Final = 0.28
+    OVERLOAD_BATCHES: Final = 0.3
     """`overload_wait` where none is set, in full batches."""
     OVERLOAD_LEAST_S: Final = 0.02
     """Least that this comes to."""

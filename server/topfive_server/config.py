@@ -45,7 +45,7 @@ class ServerConfig:
     max_wait_ms: float = 0.0
     """Longest predicted wait behind other images; beyond it a request gets 429. 0: the time of 2.5 full batches, at least 500."""
     overload_wait_ms: float = 0.0
-    """The same in an overload: when the queue keeps growing, or from the first such 429, until none was sent for a second. 0: the time of 0.28 full batches, at least 20."""
+    """The same in an overload: when the queue keeps growing, or from the first such 429, until few are sent. 0: the time of 0.3 full batches, at least 20."""
     max_queue_images: int = 256
     """Images in flight from the moment their bytes are here until they are answered; more get 429."""
     max_queue_bytes: int = 512 * 1024 * 1024

@@ -94,8 +94,8 @@ def refusals(now: list[float], limit: WaitLimit, *queues: int, loops: bool = Fal
 
 def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
-    # 0.8 of a batch, above the slot before in four of six: from there on only 0.28 of one may be waited for.
-    assert refusals(now, limit, 2, 8, 8, 14, 19, 17, 26, 10, 8, 9) == [26, 10, 9]
+    # 0.8 of a batch, above the slot before in four of six: from there on only 0.3 of one may be waited for.
+    assert refusals(now, limit, 2, 8, 8, 14, 19, 17, 26, 10, 9, 10) == [26, 10, 10]
     now[0] += 1.1
     assert not refused(limit, 2.0, 64)
 
