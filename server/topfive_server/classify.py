@@ -111,9 +111,7 @@ class ClassifyEndpoint:
                 outcomes = await self._await_answers(jobs, deadline, receive)
             finally:
                 self._lateness.observe(predicted_s, monotonic() - begun)
-            largest = max((o.batch_size for o in outcomes if isinstance(o, Answer)), default=0)
-            if model.remember_answer(wish.priority, largest):
-                exchange.scope[ANSWERED] = True
+            exchange.scope[ANSWERED] = model.remember_answer(wish.priority, outcomes)
             await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
 
     async def _receive(

@@ -19,7 +19,7 @@ KEY: Final = "topfive.exchange"
 PAUSE: Final = "topfive.pause"
 """Where the ASGI scope holds for how many seconds the connection is not to be read from after the answer."""
 ANSWERED: Final = "topfive.answered"
-"""Set in the ASGI scope of a request whose answer's time the connection is to remember."""
+"""Where the ASGI scope holds whether the connection is to remember when the request was answered."""
 SINCE_ANSWER: Final = "topfive.since_answer"
 """Where the ASGI scope of the next one holds the seconds since then."""
 _JSON: Final = (b"content-type", b"application/json")

@@ -149,7 +149,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it."""
-        self._answered_at = self.loop.time() if ANSWERED in self.cycle.scope else None
+        self._answered_at = self.loop.time() if self.cycle.scope.get(ANSWERED) else None
         super().on_response_complete()
         self._begin_pause()
 

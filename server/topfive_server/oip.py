@@ -205,9 +205,7 @@ class OpenInference:
                 statistics.failure_s += monotonic() - exchange.started
                 raise
             statistics.add(answers, monotonic() - exchange.started)
-            largest = max((answer.batch_size for answer in answers), default=0)
-            if model.remember_answer(priority_of(request), largest):
-                exchange.scope[ANSWERED] = True
+            exchange.scope[ANSWERED] = model.remember_answer(priority_of(request), answers)
             return self._reply(exchange, request, model, answers)
 
     async def _receive(

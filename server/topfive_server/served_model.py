@@ -7,7 +7,7 @@ when nobody asks, the golden image, whose answer must not have changed since the
 import asyncio
 import io
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final
@@ -180,17 +180,18 @@ class ServedModel:
                 loops=loops,
             )
 
-    def remember_answer(self, priority: Priority, batch_size: int) -> bool:
+    def remember_answer(self, priority: Priority, answers: Iterable[Answer | RequestError]) -> bool:
         """Whether the connection is to remember when it was answered, for `refuse_a_long_wait`.
 
         Args:
             priority: of the request that is answered; scoring asks in a loop, whatever people do.
-            batch_size: of the largest batch that its images were in.
+            answers: to its images.
         """
-        if priority != "interactive" or batch_size < Loops.LEAST_BATCH:
-            return False
-        self._loops.answered()
-        return True
+        large = any(isinstance(one, Answer) and one.batch_size >= Loops.LEAST_BATCH for one in answers)
+        remember = large and priority == "interactive"
+        if remember:
+            self._loops.answered()
+        return remember
 
     async def ready(self) -> bool:
         """Whether an image gets through now; sends the golden image unless a batch has just succeeded."""

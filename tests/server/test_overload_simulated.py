@@ -4,7 +4,6 @@ The machine is the one of docs/lab-notes.md: two cores, int8; photographs are de
 then computed in batches of up to 32. `benchmarks/overload.py` measures the same with a real server.
 """
 
-import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,10 @@ from typing import Final
 
 import pytest
 
+from topfive.loadtest import LoadTestConfig, arrival_times, quantile
 from topfive_server.admission import WaitLimit
 from topfive_server.errors import QueueFullError
+from topfive_server.estimate import BatchTimes
 
 MAX_BATCH: Final = 32
 DECODE_S: Final = 0.0013
@@ -25,15 +26,8 @@ SUSTAINABLE: Final = 160.0
 """Images a second that `benchmarks/overload.py` found to keep a p99 within ten lone requests."""
 
 
-def batch_s(images: int) -> float:
-    """That the engine takes for a batch."""
-    return 0.006 + 0.003 * images if images else 0.0
-
-
-def batches_s(images: int) -> float:
-    """That it takes for so many."""
-    full, rest = divmod(images, MAX_BATCH)
-    return full * batch_s(MAX_BATCH) + batch_s(rest)
+TIMES: Final = BatchTimes()
+TIMES.calibrate([(1, 0.009), (MAX_BATCH, 0.102)])
 
 
 @dataclass
@@ -55,8 +49,12 @@ class Machine:
         def let_in(until: float, *, free_at: float, decoded: int = 0, computing: int = 0) -> None:
             while coming and coming[0] <= until:
                 came = self.now[0] = coming.popleft()
-                wait_s = max(free_at - came, 0) + batches_s(len(queue)) + (len(queue) - decoded) * DECODE_S
-                full_s = batch_s(MAX_BATCH) + MAX_BATCH * DECODE_S
+                wait_s = (
+                    max(free_at - came, 0)
+                    + TIMES.predict_queue(len(queue), MAX_BATCH)
+                    + (len(queue) - decoded) * DECODE_S
+                )
+                full_s = TIMES.predict(MAX_BATCH) + MAX_BATCH * DECODE_S
                 try:
                     self.limit.check(wait_s, len(queue) + computing, full_batch_s=full_s, max_batch=MAX_BATCH)
                 except QueueFullError:
@@ -74,22 +72,18 @@ class Machine:
                 let_in(at, free_at=at, decoded=decoded)
                 decoded += 1
             batch = [queue.popleft() for _ in range(decoded)]
-            at += batch_s(decoded)
+            at += TIMES.predict(decoded)
             let_in(at, free_at=at, computing=decoded)
             self.answered += [(came, at - came) for came in batch]
 
     def p99_s(self, since: float, until: float) -> float:
         """Of what was answered of those who came within these seconds."""
-        waits = sorted(wait_s for came, wait_s in self.answered if since <= came < until)
-        return waits[int(0.99 * len(waits))]
+        return quantile(sorted(wait_s for came, wait_s in self.answered if since <= came < until), 0.99)
 
 
 def poisson(rate: float, begin: float, end: float, seed: int) -> list[float]:
     """Requests that come by themselves."""
-    chance, arrivals, at = random.Random(seed), [], begin
-    while (at := at + chance.expovariate(rate)) < end:
-        arrivals.append(at)
-    return arrivals
+    return [begin + due for due in arrival_times(rate, LoadTestConfig(duration_s=end - begin, seed=seed))]
 
 
 def burst(images: int, within_s: float, *, seconds: int = 20) -> list[float]:
@@ -133,12 +127,12 @@ def test_bursts_are_served_late_and_not_refused(machine: Machine, images: int, w
 
 def test_the_machine_does_one_thing_after_the_other(machine: Machine) -> None:
     machine.serve([1.0, 1.0, 5.0])
-    two, one = batch_s(2) + 2 * DECODE_S, batch_s(1) + DECODE_S
+    two, one = TIMES.predict(2) + 2 * DECODE_S, TIMES.predict(1) + DECODE_S
     assert [came for came, _ in machine.answered] == [1.0, 1.0, 5.0]
     assert [wait_s for _, wait_s in machine.answered] == pytest.approx([two, two, one])
     machine.answered.clear()
     machine.serve([10.0] * 40)
     ends: Sequence[float] = sorted({came + wait_s for came, wait_s in machine.answered})
     assert [later - sooner for sooner, later in pairwise([10.0, *ends])] == pytest.approx(
-        [batch_s(32) + 32 * DECODE_S, batch_s(8) + 8 * DECODE_S]
+        [TIMES.predict(32) + 32 * DECODE_S, TIMES.predict(8) + 8 * DECODE_S]
     )
