@@ -1,5 +1,6 @@
 """int8: calibrated on one half, judged on the other, with layers left in fp32 only where they have to be."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -269,6 +270,34 @@ def test_the_layer_that_costs_accuracy_stays_in_fp32() -> None:
     assert min(found.tried.values()) < 0.8 * everything
     # All layers in int8, each one alone in fp32, then two and three of them: none a second time.
     assert len(said) == len(set(said)) == 1 + len(LAYERS) + len(found.scheme.skipped) - 1
+
+
+def test_the_graph_that_is_given_is_that_of_the_scheme_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = make_classifier()
+    images = np.random.default_rng(1).integers(0, 256, (8, 227, 227, 3), dtype=np.uint8)
+    reference = answer_torch(classifier, images)
+    perfect = compare(reference, [reference], list(map(str, range(8))), INT8.limits)
+    # One layer in fp32 is enough, and it is neither the first nor the last that is tried.
+    off = {"": 1.0, "conv1": 0.6, "fc7": 0.1, "fc8": 0.7}
+    tried: list[str] = []
+
+    def marked(source: Path, target: Path, _: np.ndarray, scheme: Scheme, __: Any) -> onnx.ModelProto:
+        tried.append(",".join(scheme.skipped))
+        graph = onnx.load(source)
+        graph.producer_version = tried[-1]
+        onnx.save(graph, target)
+        return graph
+
+    monkeypatch.setattr(quantize, "LAYERS", ("conv1", "fc7", "fc8"))
+    monkeypatch.setattr(quantize, "_quantize_static", marked)
+    monkeypatch.setattr(
+        quantize, "compare", lambda *_: dataclasses.replace(perfect, relative_difference=off[tried[-1]])
+    )
+    model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
+    candidates = (Scheme(ranges="minmax"),)
+    found = quantize.quantize(model, images, reference, _limits(0.2), candidates=candidates)
+    assert found.scheme.skipped == ("fc7",)
+    assert found.model.producer_version == "fc7"
 
 
 def test_beyond_the_limits_even_so_is_refused() -> None:

@@ -69,6 +69,23 @@ def test_an_overload_is_over_when_few_are_refused(let_in: int, lasts: bool, now:
     assert refused(limit, 3.0) is lasts
 
 
+def test_each_second_of_an_overload_counts_for_itself(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=3.0, overload_wait_s=0.5)
+    began = now[0]
+    for _ in range(50):
+        assert refused(limit, 3.1)
+    now[0] = began + 0.9
+    assert refused(limit, 3.1)
+    now[0] = began + 1
+    assert refused(limit, 3.0)
+    for _ in range(30):
+        assert not refused(limit, 0.5)
+    now[0] = began + 1.9
+    assert refused(limit, 0.6)
+    now[0] = began + 2
+    assert not refused(limit, 3.0)
+
+
 def test_the_limits_follow_the_time_of_a_full_batch(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
     assert not refused(limit, 2.5 * 7, full_batch_s=7)
@@ -107,6 +124,7 @@ def test_a_queue_that_keeps_growing_is_an_overload_before_it_is_too_long(now: li
         ("patient clients", (0, 63, 63, 63, 63, 63, 63)),
         ("clients that come in two camps", (63, 31, 40, 50, 63, 33, 41, 52, 62, 30, 63)),
         ("growth that is still short", (1, 2, 4, 8, 12, 16, 22)),
+        ("growth of a server that has just begun", (2, 8, 14, 20, 26, 32)),
         ("growth that is slow", (50, 51, 52, 53, 54, 55, 56, 57)),
         ("growth to what it was a moment ago", (63, 63, 10, 20, 30, 40, 50, 60, 63)),
         ("growth in every other slot", (5, 10, 10, 20, 20, 25, 25, 30, 30, 40, 40, 50, 50, 60)),
@@ -186,7 +204,12 @@ def test_a_request_knows_how_long_ago_its_connection_was_answered_out_of_a_large
         seen.append(since_answer_s)
         return False
 
+    def count(loops: Loops) -> None:
+        answered.append(loops)
+
+    answered: list[Loops] = []
     monkeypatch.setattr(Loops, "asked", note)
+    monkeypatch.setattr(Loops, "answered", count)
     # However the first of them are batched, one of the batches is full.
     body, kind = multipart(*[("a.png", picture(red)) for red in range(24)])
     with serving(FakeEngine(make_info(max_batch=8))) as server:
@@ -206,6 +229,7 @@ def test_a_request_knows_how_long_ago_its_connection_was_answered_out_of_a_large
     assert [since_s is not None for since_s in seen] == [False, False, False, True, False, False]
     assert seen[3] is not None
     assert 0 <= seen[3] < 5
+    assert len(answered) == 1
 
 
 def test_whoever_wants_bursts_answered_late_sets_both_to_the_same(now: list[float]) -> None:
