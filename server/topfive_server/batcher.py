@@ -15,16 +15,25 @@ Shapes: B images of a batch, T top classes, C classes.
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from time import monotonic
 from typing import Final, Protocol
 
 import numpy as np
 
-from topfive_server.engine import Engine, EngineDead, EngineError, EngineOutOfMemory, Predictions
+from topfive_server.engine import (
+    DecodingEngine,
+    Engine,
+    EngineDead,
+    EngineError,
+    EngineOutOfMemory,
+    Predictions,
+)
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
 from topfive_server.estimate import BatchTimes
 from topfive_server.job import PRIORITIES, Answer, Job, Priority, Queue
+from topfive_server.lone import LoneImage, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +67,10 @@ class Arrival:
         self._batcher: Batcher | None = batcher
         self._priority: Priority = priority
         self._timer = loop.call_later(patience_s, self.end)
+
+    def counts_for(self, batcher: "Batcher") -> int:
+        """Images that this batcher expects because of it: 1, or 0 after its end or of another model's."""
+        return int(self._batcher is batcher)
 
     def end(self) -> None:
         """It is there, or no longer waited for."""
@@ -93,6 +106,7 @@ class Batcher:
         self._engine = engine
         self._observer = observer
         self._on_dead = on_dead
+        self._can_decode = isinstance(engine, DecodingEngine)
         # Elsewhere an image is decoded while others are computed.
         self._decode_s = decode_s if engine.info.takes_turns else lambda: 0.0
         self.counts_decoding = engine.info.takes_turns
@@ -104,10 +118,12 @@ class Batcher:
         """When the engine last finished a batch."""
         self._answered = self._come = 0
         """Images of that batch, and those that have been handed in since."""
+        self._lone: LoneImage | None = None
+        """The image that has the engine to itself, unless others come while it is decoded."""
         self._loop = asyncio.get_running_loop()
         self._queue = Queue()
         self._expected: dict[Priority, int] = dict.fromkeys(PRIORITIES, 0)
-        self._computing: dict[asyncio.Task[None], tuple[float, int]] = {}
+        self._computing: dict[asyncio.Task[None] | LoneImage, tuple[float, int]] = {}
         """Batches handed to the engine: when, and how many images."""
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._task = self._loop.create_task(self._run(), name="batcher")
@@ -122,6 +138,7 @@ class Batcher:
     def expect(self, priority: Priority) -> None:
         """An image is going to be decoded."""
         self._expected[priority] += 1
+        self._share()
 
     def withdraw(self, priority: Priority) -> None:
         """An expected image does not come: it did not decode, or nobody wants it any more."""
@@ -133,6 +150,36 @@ class Batcher:
         """Images arriving or being decoded, which will be submitted (or withdrawn) soon."""
         return sum(self._expected.values())
 
+    def is_alone(self, arrival: Arrival) -> bool:
+        """Whether the engine has nothing to do but for what has arrived, nobody else is coming, and it can decode."""
+        others = self.expected - arrival.counts_for(self)
+        idle = not others and not self._queue and not self._computing and not self.dead_because
+        return idle and self._can_decode
+
+    def compute_lone(
+        self, job: Job, decode: Callable[[], Outcome], decoded: Callable[[Job, Outcome], None]
+    ) -> None:
+        """Decode and compute an expected image that `is_alone` in one go; its answer will come to `job.answer`.
+
+        Where nothing is computed, because it does not decode, is not wanted any more or others have come meanwhile,
+        `decoded` is called: to `submit` or `withdraw` the image, which is expected again.
+        """
+        assert isinstance(self._engine, DecodingEngine)  # noqa: S101  `is_alone` has looked
+        not_after = job.deadline - _SURELY * self.times.predict(1)
+        lone = LoneImage(job, decode, decoded, not_after=not_after)
+        self._expected[job.priority] -= 1
+        self._lone, self._computing[lone] = lone, (monotonic() + self._decode_s(), 1)
+        lone.timer = self._loop.call_later(self._engine_timeout_s, self._lone_overdue, lone)
+        try:
+            running = self._engine.predict_lone(lone)
+        except EngineError as error:
+            self._lone_failed(lone, error)
+        else:
+            # Not a task: what would be run for it is part of what this way saves.
+            running.add_done_callback(
+                lambda done: self._loop.call_soon_threadsafe(self._lone_done, lone, done)
+            )
+
     def submit(self, job: Job) -> None:
         """An expected image is decoded; its answer will come to `job.answer`."""
         self._expected[job.priority] -= 1
@@ -142,6 +189,7 @@ class Batcher:
         else:
             self._queue.push(job)
             self._come += 1
+            self._share()
         self._wake()
 
     @property
@@ -200,7 +248,7 @@ class Batcher:
             if batch:
                 compute = self._loop.create_task(self._compute(batch))
                 self._computing[compute] = monotonic(), len(batch)
-                compute.add_done_callback(self._computed)
+                compute.add_done_callback(self._finished)
             else:
                 self._wake()  # the queue is empty now, which `close` may be waiting for
 
@@ -276,28 +324,73 @@ class Batcher:
             async with asyncio.timeout(self._engine_timeout_s):
                 predictions = await self._engine.predict(images)
             self._check(predictions, len(batch))
-        except TimeoutError:
-            self._die("hung", f"the engine did not answer within {self._engine_timeout_s:g} s", batch)
-        except EngineDead as error:
-            self._die("dead", f"the engine is gone ({error})", batch)
-        except Exception as error:  # whatever an engine raises must not end the loop
-            kind = "out-of-memory" if isinstance(error, EngineOutOfMemory) else "error"
-            self._observer.batch_failed(kind)
-            if len(batch) > 1:
-                log.warning("a batch of %d failed and is halved: %s", len(batch), error)
-                for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                    if alive := [job for job in half if job.wanted]:
-                        await self._compute(alive)
-            else:
-                unexpected = not isinstance(error, EngineError)
-                log.error("the engine failed on an image: %s", error, exc_info=error if unexpected else None)  # noqa: TRY400
-                batch[0].fail(
-                    EngineFailedError("the engine failed on this image; other images are not affected")
-                )
+        except Exception as error:  # noqa: BLE001  whatever an engine raises must not end the loop
+            for half in self._failed(batch, error):
+                if alive := [job for job in half if job.wanted]:
+                    await self._compute(alive)
         else:
             self._deliver(batch, predictions, started)
 
     # ------------------------------------------------------------------ the ends of it
+
+    def _share(self) -> None:
+        """Others have come: the image that has the engine to itself joins them, unless it is being computed by now."""
+        lone, self._lone = self._lone, None
+        if lone is not None and lone.share():
+            del self._computing[lone]
+            self._expected[lone.job.priority] += 1
+
+    def _lone_done(self, lone: LoneImage, running: Future[Predictions | None]) -> None:
+        lone.timer.cancel()
+        if lone.given_up:
+            return
+        try:
+            predictions = running.result()
+            if predictions is not None:
+                self._check(predictions, 1)
+        except Exception as error:  # noqa: BLE001  as of a batch
+            self._lone_failed(lone, error)
+            return
+        if predictions is not None:
+            self._deliver([lone.job], predictions, lone.begun)
+            self._finished(lone)
+        else:
+            self._share()  # where it is not wanted or does not decode, nobody else has
+            lone.decoded(lone.job, lone.outcome)
+
+    def _lone_failed(self, lone: LoneImage, error: Exception) -> None:
+        lone.timer.cancel()
+        self._failed([lone.job], error)
+        if lone.shared:
+            self.withdraw(lone.job.priority)
+        else:
+            self._finished(lone)
+
+    def _lone_overdue(self, lone: LoneImage) -> None:
+        """It has taken long: the engine does not answer, unless it was the decoding."""
+        left_s = (lone.begun or monotonic()) + self._engine_timeout_s - monotonic()
+        if left_s > 0:
+            lone.timer = self._loop.call_later(left_s, self._lone_overdue, lone)
+        else:
+            lone.given_up = True
+            self._lone_failed(lone, TimeoutError())
+
+    def _failed(self, batch: list[Job], error: Exception) -> tuple[list[Job], ...]:
+        """Tell whom it concerns that a batch failed; what is worth another try: of more than one image the halves."""
+        if isinstance(error, TimeoutError):
+            self._die("hung", f"the engine did not answer within {self._engine_timeout_s:g} s", batch)
+            return ()
+        if isinstance(error, EngineDead):
+            self._die("dead", f"the engine is gone ({error})", batch)
+            return ()
+        self._observer.batch_failed("out-of-memory" if isinstance(error, EngineOutOfMemory) else "error")
+        if len(batch) > 1:
+            log.warning("a batch of %d failed and is halved: %s", len(batch), error)
+            return batch[: len(batch) // 2], batch[len(batch) // 2 :]
+        unexpected = not isinstance(error, EngineError)
+        log.error("the engine failed on an image: %s", error, exc_info=error if unexpected else None)
+        batch[0].fail(EngineFailedError("the engine failed on this image; other images are not affected"))
+        return ()
 
     @staticmethod
     def _check(predictions: Predictions, count: int) -> None:
@@ -337,8 +430,10 @@ class Batcher:
         if first:
             self._on_dead(because)
 
-    def _computed(self, task: asyncio.Task[None]) -> None:
-        _, self._answered = self._computing.pop(task)
+    def _finished(self, computed: asyncio.Task[None] | LoneImage) -> None:
+        if self._lone is computed:
+            self._lone = None
+        _, self._answered = self._computing.pop(computed)
         self._free_since, self._come = monotonic(), 0
         self._wake()
 

@@ -103,7 +103,11 @@ class ClassifyEndpoint:
                 begun = monotonic()
                 left_s = deadline - begun if wish.has_deadline else float("inf")
                 predicted_s = self._refuse_if_late(model, len(uploads), left_s)
-                jobs = [model.classify(u.data, deadline=deadline, priority=wish.priority) for u in uploads]
+                alone = len(uploads) == 1 and model.batcher.is_alone(arrival)
+                jobs = [
+                    model.classify(u.data, deadline=deadline, priority=wish.priority, alone=alone)
+                    for u in uploads
+                ]
                 exchange.jobs = jobs
             finally:
                 arrival.end()

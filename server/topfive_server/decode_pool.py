@@ -60,6 +60,28 @@ class DecodePool:
         """
         self._threads.submit(self._decode, data, preprocessing, side, job, done)
 
+    def decode_here(
+        self, data: bytes | memoryview, preprocessing: Preprocessing, side: int, job: Job
+    ) -> Pixels | RequestError | None:
+        """Decode in the calling thread; the outcome is what `done` gets of `decode`."""
+        TURNS.wait()
+        # A future's state may be read from another thread; being late by a moment costs one decode.
+        if not job.wanted:
+            return None
+        begun = perf_counter()
+        try:
+            decoded = decode(data, preprocessing, crop=side, max_pixels=self._max_pixels)
+            pixels = Pixels(np.asarray(decoded.image), decoded.width, decoded.height)
+        except ImageError as error:
+            return from_image_error(error)
+        except MemoryError:
+            return NotReadyError("there was no memory to decode the image", retry_after_s=1)
+        except Exception:
+            log.exception("decoding failed in a way that has no name")
+            return InternalError("the image could not be decoded because of a mistake in the server")
+        self._each_s.observe(perf_counter() - begun)  # from several threads; a lost one is no loss
+        return pixels
+
     @property
     def seconds_per_image(self) -> float:
         """Seconds for each of many images when all threads decode, as measured; 0 while nothing is known."""
@@ -81,22 +103,5 @@ class DecodePool:
         job: Job,
         done: Callable[[Job, Pixels | RequestError | None], None],
     ) -> None:
-        outcome: Pixels | RequestError | None
-        TURNS.wait()
-        # A future's state may be read from another thread; being late by a moment costs one decode.
-        if not job.wanted:
-            outcome = None
-        else:
-            begun = perf_counter()
-            try:
-                decoded = decode(data, preprocessing, crop=side, max_pixels=self._max_pixels)
-                outcome = Pixels(np.asarray(decoded.image), decoded.width, decoded.height)
-                self._each_s.observe(perf_counter() - begun)  # from several threads; a lost one is no loss
-            except ImageError as error:
-                outcome = from_image_error(error)
-            except MemoryError:
-                outcome = NotReadyError("there was no memory to decode the image", retry_after_s=1)
-            except Exception:
-                log.exception("decoding failed in a way that has no name")
-                outcome = InternalError("the image could not be decoded because of a mistake in the server")
+        outcome = self.decode_here(data, preprocessing, side, job)
         self._loop.call_soon_threadsafe(done, job, outcome)

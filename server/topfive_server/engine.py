@@ -8,9 +8,10 @@ engine that is given more queues them. It holds no policy: queueing, deadlines, 
 rebuilding a dead engine are its caller's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,10 @@ class Predictions(NamedTuple):
     """Softmax probabilities of all classes, in class order."""
 
 
+Decode: TypeAlias = Callable[[], NDArray[np.uint8] | None]
+"""Makes an image, as `Engine.predict` takes it; None when there is none to compute."""
+
+
 class EngineError(TopfiveError):
     """The engine failed on this batch; another batch may succeed. The message is a sentence for the log."""
 
@@ -97,4 +102,19 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Finish what is running and release the device; idempotent. `predict` raises `EngineDead` afterwards."""
+        ...
+
+
+@runtime_checkable
+class DecodingEngine(Engine, Protocol):
+    """An engine whose own threads may decode what they compute."""
+
+    def predict_lone(self, decode: Decode) -> Future[Predictions | None]:
+        """Classify the one image that `decode` makes, in the thread that computes it; None when it makes none.
+
+        `decode` raises nothing. The future raises what `predict` raises.
+
+        Raises:
+            EngineDead: the engine was closed, or its device failed earlier.
+        """
         ...

@@ -1,6 +1,6 @@
 """An image on its way through the server, its answer, and the queue in which it waits for the engine.
 
-Everything here belongs to the event loop's thread, and all times are on the monotonic clock.
+Everything here belongs to the event loop's thread (but for `lone`), and all times are on the monotonic clock.
 Shapes: T top classes, C classes.
 """
 

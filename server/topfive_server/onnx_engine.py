@@ -4,6 +4,9 @@ Two daemon threads take batches from one queue. Each owns a *lane*: buffers of i
 its lane (and uploads it, on a GPU) while the other's batch computes, and a lock lets one batch at a time compute:
 the copy of batch n + 1 is hidden behind the arithmetic of batch n, and so are the answers of batch n behind batch n + 1.
 On a GPU copies run on CUDA's default stream and ONNX Runtime on a stream of its own that does not wait for it.
+
+A third thread decodes and computes lone images. One and the same for all of them: where the two above took them in turn,
+each found the caches full of what the other had left, and a lone image took 5 % longer (docs/lab-notes.md).
 """
 
 import asyncio
@@ -11,21 +14,21 @@ import contextlib
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 
 from topfive_server.buckets import make_buckets
 from topfive_server.capture import GATE
 from topfive_server.devices import Device, cores
-from topfive_server.engine import EngineDead, EngineError, EngineInfo, Predictions
+from topfive_server.engine import Decode, EngineDead, EngineError, EngineInfo, Predictions
 from topfive_server.lanes import DeviceLane, HostLane, Images, Lane
 from topfive_server.repository import ModelVersion
 from topfive_server.session import RuntimeOptions, engine_error, open_session
 from topfive_server.turns import TURNS
 
 _LANES: Final = 2
-"""One batch computes while the next is filled; a third would only wait."""
+"""For batches. One computes while the next is filled; a third would only wait."""
 
 
 class _Job(Future[Predictions]):
@@ -34,6 +37,18 @@ class _Job(Future[Predictions]):
     def __init__(self, images: Images | None) -> None:
         super().__init__()
         self.images = images
+
+
+class _LoneJob(Future[Predictions | None]):
+    """A lone image on its way, still to be decoded."""
+
+    def __init__(self, decode: Decode) -> None:
+        super().__init__()
+        self.decode = decode
+
+
+_AnyJob = TypeVar("_AnyJob", _Job, _LoneJob)
+_Jobs: TypeAlias = "queue.SimpleQueue[_Job | _LoneJob | None]"
 
 
 class OnnxEngine:
@@ -73,15 +88,18 @@ class OnnxEngine:
             # With cores to spare, decoding has those.
             takes_turns=device.kind == "cpu" and (options.threads or cores()) >= cores(),
         )
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: _Jobs = queue.SimpleQueue()
+        self._lone_jobs: _Jobs = queue.SimpleQueue()
+        self._queues = [*[self._jobs] * _LANES, self._lone_jobs]
+        """Of each lane."""
         self._accepting = threading.Lock()
         self._computing = threading.Lock()
         self._dead = ""
         self._closed = False
         # One warm-up job for each lane, not two for the same one.
-        self._all_lanes = threading.Barrier(_LANES)
-        self._ended: list[Future[None]] = [Future() for _ in range(_LANES)]
-        for lane in range(_LANES):
+        self._all_lanes = threading.Barrier(len(self._queues))
+        self._ended: list[Future[None]] = [Future() for _ in self._queues]
+        for lane in range(len(self._queues)):
             # Daemons: a hung device must not keep the process from ending.
             threading.Thread(
                 target=self._serve, args=(lane,), name=f"engine-{model.name}-{lane}", daemon=True
@@ -90,6 +108,10 @@ class OnnxEngine:
     async def predict(self, images: Images) -> Predictions:
         """Classify a batch; see `Engine.predict`. Safe from several event loops and threads."""
         return await asyncio.wrap_future(self.submit(images))
+
+    def predict_lone(self, decode: Decode) -> Future[Predictions | None]:
+        """Classify an image that is decoded in the same thread; see `DecodingEngine.predict_lone`."""
+        return self._enqueue(_LoneJob(decode), self._lone_jobs)
 
     def submit(self, images: Images) -> Future[Predictions]:
         """`predict` for callers without an event loop; the future raises what `predict` raises.
@@ -100,15 +122,12 @@ class OnnxEngine:
         """
         if not 1 <= len(images) <= self.info.max_batch:
             raise ValueError(f"a batch has {len(images)} images; it must have 1 to {self.info.max_batch}")
-        shape = (self._side, self._side, 3)
-        for image in images:
-            if image.shape != shape or image.dtype != np.uint8:
-                raise ValueError(f"an image is {image.dtype} {image.shape}; it must be uint8 {shape}")
-        return self._enqueue(_Job(images))
+        self._check(images)
+        return self._enqueue(_Job(images), self._jobs)
 
     async def warm_up(self) -> None:
         """Run every bucket (on a CPU: the smallest and the largest batch) once in every lane, and check the answers."""
-        jobs = [self._enqueue(_Job(None)) for _ in range(_LANES)]
+        jobs = [self._enqueue(_Job(None), lane) for lane in self._queues]
         # Shielded: lanes wait for each other, so either all warm up or none.
         await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job)) for job in jobs))
 
@@ -121,32 +140,39 @@ class OnnxEngine:
         with self._accepting:
             if not self._closed:
                 self._closed = True
-                for _ in self._ended:
-                    self._jobs.put(None)
+                for lane in self._queues:
+                    lane.put(None)
         return self._ended
 
-    def _enqueue(self, job: _Job) -> _Job:
+    def _check(self, images: Images) -> None:
+        shape = (self._side, self._side, 3)
+        for image in images:
+            if image.shape != shape or image.dtype != np.uint8:
+                raise ValueError(f"an image is {image.dtype} {image.shape}; it must be uint8 {shape}")
+
+    def _enqueue(self, job: _AnyJob, jobs: _Jobs) -> _AnyJob:
         with self._accepting:
             if self._dead or self._closed:
                 raise EngineDead(
                     self._dead or f"the engine of {self.info.name}/{self.info.version} was closed"
                 )
-            self._jobs.put(job)
+            jobs.put(job)
         return job
 
     def _serve(self, number: int) -> None:
         lane: Lane | None = None
-        while (job := self._jobs.get()) is not None:
+        jobs = self._queues[number]
+        while (job := jobs.get()) is not None:
             if not job.set_running_or_notify_cancel():
                 continue
             try:
-                if job.images is None:
+                if isinstance(job, _Job) and job.images is None:
                     self._all_lanes.wait()
                 # Buffers and graphs are made in the thread that uses them: ONNX Runtime keeps CUDA graphs by thread.
                 if lane is None:
                     with self._gate(captures=True):
                         lane = self._make_lane(number)
-                job.set_result(self._warm(lane) if job.images is None else self._run(lane, job.images))
+                self._perform(number, lane, job)
             except Exception as error:  # noqa: BLE001  ONNX Runtime raises types of its own; the caller gets ours
                 failure = engine_error(error)
                 if isinstance(failure, EngineDead):
@@ -159,12 +185,27 @@ class OnnxEngine:
         del lane
         self._ended[number].set_result(None)
 
+    def _perform(self, number: int, lane: Lane, job: _Job | _LoneJob) -> None:
+        if isinstance(job, _LoneJob):
+            job.set_result(self._run_lone(lane, job.decode))
+        elif job.images is None:
+            job.set_result(self._warm(lane, self._sizes(number)))
+        else:
+            job.set_result(self._run(lane, job.images))
+
+    def _sizes(self, number: int) -> tuple[int, ...]:
+        """Batch sizes of a lane that are warmed up; on a GPU there are no others."""
+        if number == _LANES:
+            return (1,)
+        return self.info.buckets or (1, self.info.max_batch)
+
     def _make_lane(self, number: int) -> Lane:
+        sizes = self._sizes(number)
         if self._device.kind == "cpu":
-            return HostLane(self._session, max_batch=self.info.max_batch, side=self._side)
+            return HostLane(self._session, max_batch=sizes[-1], side=self._side)
         return DeviceLane(
             self._session,
-            buckets=self.info.buckets,
+            buckets=sizes,
             side=self._side,
             memory="cuda",
             index=self._device.index,
@@ -181,6 +222,13 @@ class OnnxEngine:
         """What keeps decoders off the cores that a batch computes on."""
         return TURNS.computing() if self.info.takes_turns else contextlib.nullcontext()
 
+    def _run_lone(self, lane: Lane, decode: Decode) -> Predictions | None:
+        image = decode()
+        if image is None:
+            return None
+        self._check([image])
+        return self._run(lane, [image])
+
     def _run(self, lane: Lane, images: Images) -> Predictions:
         with self._gate(captures=lane.captures(len(images))):
             lane.fill(images)
@@ -192,8 +240,8 @@ class OnnxEngine:
             raise EngineError(f"model {self.info.name}/{self.info.version} gave answers that are not numbers")
         return predictions
 
-    def _warm(self, lane: Lane) -> Predictions:
-        images = [np.zeros((self._side, self._side, 3), np.uint8)] * self.info.max_batch
-        for batch in self.info.buckets or (1, self.info.max_batch):
+    def _warm(self, lane: Lane, sizes: tuple[int, ...]) -> Predictions:
+        images = [np.zeros((self._side, self._side, 3), np.uint8)] * sizes[-1]
+        for batch in sizes:
             predictions = self._run(lane, images[:batch])
         return predictions

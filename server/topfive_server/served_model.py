@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Final
 
@@ -137,8 +138,13 @@ class ServedModel:
             raise
         self.health.ready, self.health.reason = True, ""
 
-    def classify(self, data: bytes | memoryview, *, deadline: float, priority: Priority) -> Job:
-        """Start decoding an image; `job.answer` will hold its predictions or a `RequestError`."""
+    def classify(
+        self, data: bytes | memoryview, *, deadline: float, priority: Priority, alone: bool = False
+    ) -> Job:
+        """Start decoding an image; `job.answer` will hold its predictions or a `RequestError`.
+
+        `alone`: `batcher.is_alone`, and no other image comes with it.
+        """
         job = Job(deadline=deadline, priority=priority, loop=self._loop)
         batcher = self.batcher
         batcher.expect(priority)
@@ -156,7 +162,11 @@ class ServedModel:
             else:
                 self.observer.dropped("decode" if outcome is None else "engine", job.unwanted_because)
 
-        self._pool.decode(data, self.info.spec.preprocessing, self.input_side, job, decoded)
+        what = data, self.info.spec.preprocessing, self.input_side, job
+        if alone:
+            batcher.compute_lone(job, partial(self._pool.decode_here, *what), decoded)
+        else:
+            self._pool.decode(*what, decoded)
         return job
 
     def refuse_a_long_wait(self, priority: Priority, since_answer_s: float | None = None) -> None:

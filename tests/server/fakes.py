@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from topfive.model_spec import Architecture, ModelSpec, Preprocessing
-from topfive_server.engine import EngineDead, EngineError, EngineInfo, EngineOutOfMemory, Predictions
+from topfive_server.engine import (
+    Decode,
+    EngineDead,
+    EngineError,
+    EngineInfo,
+    EngineOutOfMemory,
+    Predictions,
+)
 
 CLASSES = 256
 CROP = 16
@@ -81,6 +89,16 @@ class FakeEngine:
         if self.guilty & set(reds):
             raise EngineError("a bad image is in the batch")
         return predictions([(red + self.shift) % CLASSES for red in reds], telling=self.telling)
+
+    def predict_lone(self, decode: Decode) -> Future[Predictions | None]:
+        if self.closed:
+            raise EngineDead("closed")
+
+        async def compute() -> Predictions | None:
+            image = await asyncio.to_thread(decode)
+            return None if image is None else await self.predict([image])
+
+        return asyncio.run_coroutine_threadsafe(compute(), asyncio.get_running_loop())
 
     async def warm_up(self) -> None:
         self.warmed = True

@@ -156,18 +156,25 @@ def test_an_engine_on_a_gpu_captures_alone(
 
     monkeypatch.setattr(onnx_engine, "GATE", Watched())
     monkeypatch.setattr(onnx_engine, "open_session", lambda *_: session)
-    monkeypatch.setattr(onnx_engine, "DeviceLane", lambda *a, **k: DeviceLane(*a, **{**k, "memory": "cpu"}))
+    first_graphs: list[int] = []
+
+    def make_lane(*arguments: Any, **options: Any) -> DeviceLane:
+        first_graphs.append(options["first_graph"])
+        return DeviceLane(*arguments, **{**options, "memory": "cpu"})
+
+    monkeypatch.setattr(onnx_engine, "DeviceLane", make_lane)
     version = Repository(tmp_path).read("tiny")
     engine = OnnxEngine(version, Device(kind="cuda", reason="test"), RuntimeOptions(max_batch=4))
 
     async def run() -> None:
         await engine.warm_up()
-        assert held == ["alone"] * 8  # two lanes: made, then three buckets each
+        assert held == ["alone"] * 10  # two lanes: made, then three buckets each; a third of one bucket
+        assert sorted(first_graphs) == [1, 4, 7]
         for count in (1, 3, 4):
             images = random_images(count, seed=count)
             answer = await engine.predict(images)
             np.testing.assert_allclose(answer.scores_BC, expected_scores(np.stack(images), 7), atol=1e-5)
-        assert held[8:] == ["beside"] * 3
+        assert held[10:] == ["beside"] * 3
         await engine.close()
 
     asyncio.run(run())

@@ -58,6 +58,7 @@ def test_the_batcher_keeps_all_of_them_busy() -> None:
 
     class Both(FakeEngine):
         predict = staticmethod(many.predict)
+        predict_lone = staticmethod(many.predict_lone)
 
     with serving(Both(many.info), max_delay_ms=0) as server:
         for engine in engines:

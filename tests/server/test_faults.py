@@ -284,20 +284,21 @@ def test_a_client_that_leaves_is_not_even_decoded_for(monkeypatch: pytest.Monkey
 
     with serving() as server, ThreadPoolExecutor() as threads:
         monkeypatch.setattr("topfive_server.decode_pool.decode", slow_decode)
-        stays = [threads.submit(server.classify, picture(red)) for red in (1, 2)]  # both decode threads
-        eventually(lambda: server.application.admission.images == 2)
+        # The engine's thread, which decodes for who is alone, and both decode threads.
+        stays = [threads.submit(server.classify, picture(red)) for red in (1, 2, 4)]
+        eventually(lambda: server.application.admission.images == 3)
         with server.connect() as connection:
             body = picture(3, size=(50, 50))
             connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            eventually(lambda: server.application.admission.images == 3)
-        eventually(lambda: server.application.admission.images == 2)
+            eventually(lambda: server.application.admission.images == 4)
+        eventually(lambda: server.application.admission.images == 3)
         free.set()
-        assert sorted(future.result().classes[0] for future in stays) == [1, 2]
+        assert sorted(future.result().classes[0] for future in stays) == [1, 2, 4]
         eventually(
             lambda: server.metric("topfive_dropped_images_total", stage="decode", reason="client-gone") == 1
         )
-        assert len(decoded) == 2
-        assert sorted(server.engine.seen) == [1, 2]
+        assert len(decoded) == 3
+        assert sorted(server.engine.seen) == [1, 2, 4]
 
 
 def test_all_timing_is_on_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:

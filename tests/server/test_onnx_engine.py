@@ -70,7 +70,7 @@ class FakeLane:
 
 
 def with_lanes(monkeypatch: pytest.MonkeyPatch, root: Path) -> tuple[OnnxEngine, list[FakeLane]]:
-    lanes = [FakeLane(), FakeLane()]
+    lanes = [FakeLane() for _ in range(3)]  # two for batches, one for lone images
 
     def make(self: OnnxEngine, number: int) -> Lane:
         return lanes[number]
@@ -253,6 +253,7 @@ def test_close_answers_what_was_accepted_and_then_refuses(
 
     async def run() -> None:
         waiting = [asyncio.create_task(engine.predict(random_images(n))) for n in (1, 2, 3)]
+        lone = asyncio.wrap_future(engine.predict_lone(lambda: random_images(1)[0]))
         await asyncio.sleep(0.01)
         closing = asyncio.create_task(engine.close())
         await asyncio.sleep(0.01)
@@ -263,6 +264,8 @@ def test_close_answers_what_was_accepted_and_then_refuses(
             lane.may_compute.set()
         await closing
         assert [len(task.result().scores_BC) for task in waiting] == [1, 2, 3]
+        assert (answer := lone.result()) is not None
+        assert len(answer.scores_BC) == 1
         await engine.close()
 
     asyncio.run(run())
@@ -274,7 +277,7 @@ def test_warm_up_runs_in_every_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for lane in lanes:
         lane.may_compute.set()
     asyncio.run(engine.warm_up())
-    assert [lane.filled for lane in lanes] == [[1, 8], [1, 8]]
+    assert [lane.filled for lane in lanes] == [[1, 8], [1, 8], [1]]
 
 
 def test_a_hung_device_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:

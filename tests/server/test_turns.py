@@ -83,7 +83,7 @@ def test_an_image_is_not_decoded_while_a_batch_computes(threads: ThreadPoolExecu
         patch.setattr(decode_pool, "decode", decode)
         with TURNS.computing():
             reply = threads.submit(server.classify, picture(3))
-            eventually(lambda: server.model.batcher.expected == 1)
+            eventually(lambda: server.application.admission.images == 1)
             assert not decoded.wait(0.05)
         assert reply.result().classes == [3]
         assert server.on_loop(lambda: server.model._pool.seconds_per_image) > 0
