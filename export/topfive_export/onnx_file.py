@@ -13,7 +13,7 @@ from typing import Any, Final
 import onnx
 import onnxruntime
 import torch
-from onnx import ModelProto
+from onnx import AttributeProto, GraphProto, ModelProto
 
 from topfive._version import __version__
 from topfive.model_spec import ModelSpec
@@ -91,7 +91,10 @@ def finish(model: ModelProto, *, spec: ModelSpec, variant: Variant, family: str)
 def strip(model: ModelProto) -> None:
     """Remove the exporter's notes (stack traces with the paths of its machine) and stale intermediate shapes."""
     model.doc_string = ""
-    graph = model.graph
+    _strip_graph(model.graph)
+
+
+def _strip_graph(graph: GraphProto) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
     del graph.value_info[:]
@@ -99,6 +102,10 @@ def strip(model: ModelProto) -> None:
     for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _strip_graph(attribute.g)
 
 
 def write(model: ModelProto, folder: Path) -> Path:

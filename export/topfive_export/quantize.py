@@ -1,6 +1,7 @@
 """int8 for processors: static quantisation (QDQ), calibrated on photographs, by ONNX Runtime's own quantiser.
 
-Activations are uint8 per tensor, weights int8 per channel. The response norm stays in fp32: its squares span too much.
+Activations are uint8 per tensor, weights int8 per channel. The response norm stays in fp32: its squares span too much. It
+is computed one image after the other, so that its floats stay in the cores' caches.
 The graph is made so that ONNX Runtime computes all else on bytes, channels last, from the pixels to the last pool.
 How the ranges are found is chosen by measurement on the calibration images; a layer is left in fp32 only where the
 graph is beyond its limits otherwise. The verdict is the gate's, on images that the calibration has not seen.
@@ -32,6 +33,7 @@ from onnxruntime.quantization import (
 from topfive_export import onnx_file
 from topfive_export.gate import Answered, Comparison, Disagreement, answer_onnx, compare, enforce
 from topfive_export.graphs import INPUT_NAME
+from topfive_export.image_by_image import norms_image_by_image
 from topfive_export.variant import ExportError, Limits
 
 LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -245,6 +247,7 @@ def _quantize_static(
         )
     quantized = onnx.load(target)
     tidy(quantized)
+    norms_image_by_image(quantized)
     onnx.save(quantized, target)
     return quantized
 

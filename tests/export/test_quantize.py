@@ -102,20 +102,27 @@ def test_all_but_the_norms_is_computed_on_bytes(
     onnxruntime.InferenceSession(
         found.model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
     )
-    computed = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    computed = Counter(node.op_type for node in nodes)
     expected = {
+        "Scan": min(norms, 2),  # for each layer that has norms, over the images
         "QLinearConv": 5,
         "NhwcMaxPool": 3,  # bytes, channels last; "MaxPool" would be fp32, or bytes at a tenth of the speed
         "QGemm": 3,
         "Transpose": 1,  # before the first fully-connected layer
-        "Clip": norms,
-        # One before the norms of each layer, one for what each dropout scales, one for each answer.
-        "DequantizeLinear": min(norms, 2) + (2 if name == "alexnet-2012" else 0) + 2,
+        # One for what each dropout scales, one for each answer.
+        "DequantizeLinear": (2 if name == "alexnet-2012" else 0) + 2,
     }
     # 2014 subtracts a mean and pads, so its pixels are normalised in fp32 first.
     assert computed["Cast"] == (1 if name == "alexnet-2014" else 0)
     assert {kind: computed[kind] for kind in expected} == expected
-    assert not {"MaxPool", "Conv", "Relu", "Gemm", "ReorderInput", "ReorderOutput"} & computed.keys()
+    floats = {"MaxPool", "Conv", "Relu", "Gemm", "ReorderInput", "ReorderOutput"}
+    assert not {"Clip", "Sqrt", "MatMul", *floats} & computed.keys()
+    bodies = [onnx.helper.get_node_attr_value(node, "body") for node in nodes if node.op_type == "Scan"]
+    of_images = Counter(node.op_type for body in bodies for node in body.node)
+    expected = {"Clip": norms, "DequantizeLinear": min(norms, 2), "QuantizeLinear": min(norms, 2)}
+    assert {kind: of_images[kind] for kind in expected} == expected
+    assert not {"Transpose", *floats} & of_images.keys()
 
 
 @pytest.mark.parametrize("name", ["alexnet-2012", "caffenet"])
