@@ -8,6 +8,8 @@ answered tend to come back, and would else make batches of half the size for eve
 while another computes (one, prefetched): nothing could be gained by waiting, and the engine goes from one to the next
 without a pause.
 
+An image that is alone before it is even decoded is handed to the engine as it came (`lone`).
+
 Everything here runs on the event loop's thread, and all timing is on the monotonic clock.
 Shapes: B images of a batch, T top classes, C classes.
 """

@@ -52,6 +52,25 @@ def test_a_dead_engine_is_reported() -> None:
     asyncio.run(run())
 
 
+def test_a_lone_image_counts_until_it_is_answered() -> None:
+    async def run() -> None:
+        engines = make(2)
+        many = ManyEngines(engines)
+        engines[0].gate.clear()
+        lone = asyncio.wrap_future(many.predict_lone(lambda: pixels(1)))
+        await many.predict([pixels(2)])
+        assert engines[1].seen == [2]  # the first has the lone image
+        engines[0].gate.set()
+        await lone
+        await asyncio.sleep(0.01)
+        for red in (3, 4):
+            await asyncio.wrap_future(many.predict_lone(lambda red=red: pixels(red)))  # type: ignore[misc]
+            await asyncio.sleep(0.01)
+        assert engines[0].seen == [1, 3, 4]
+
+    asyncio.run(run())
+
+
 def test_the_batcher_keeps_all_of_them_busy() -> None:
     engines = make(2)
     many = ManyEngines(engines)
