@@ -191,7 +191,6 @@ class Batcher:
         else:
             self._queue.push(job)
             self._come += 1
-            self._share()
         self._wake()
 
     @property

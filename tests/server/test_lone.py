@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.server.fakes import FakeEngine, make_info, picture, pixels
 from tests.server.harness import eventually, serving
 from tests.server.onnx_models import random_images
@@ -17,7 +18,7 @@ from tests.server.test_onnx_engine import check, open_engine
 
 from topfive import preprocessing
 from topfive_server.decode_pool import Pixels
-from topfive_server.engine import EngineDead, EngineError
+from topfive_server.engine import EngineDead, EngineError, Predictions
 from topfive_server.errors import (
     BadRequestError,
     DeadlineExceededError,
@@ -229,6 +230,26 @@ def test_an_image_that_the_engine_fails_on_fails_alone() -> None:
         assert bench.idle
         good = bench.send(8)
         await good.answer
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("wrong", ["two rows", "not a number"])
+def test_an_answer_that_cannot_be_is_not_believed(wrong: str) -> None:
+    class Wrong(FakeEngine):
+        async def predict(self, images: Sequence[NDArray[np.uint8]]) -> Predictions:
+            found = await super().predict([*images, *images] if wrong == "two rows" else images)
+            if wrong == "not a number":
+                found.probabilities_BT[:] = np.nan
+            return found
+
+    async def test() -> None:
+        bench = LoneBench(Wrong())
+        job, end = bench.decode_lone(7)
+        end.set()
+        with pytest.raises(EngineFailedError):
+            await job.answer
+        assert bench.log.events == [("failed", "error")]
 
     on_loop(test)
 
