@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 from tests.server.fakes import FakeEngine, make_info, picture, pixels
 from tests.server.harness import eventually, serving
 from tests.server.onnx_models import random_images
+from tests.server.test_app import send_files
 from tests.server.test_batcher import Bench, on_loop, red_of, settle
 from tests.server.test_onnx_engine import check, open_engine
 
 from topfive import preprocessing
+from topfive_server.batcher import Batcher
 from topfive_server.decode_pool import Pixels
 from topfive_server.engine import EngineDead, EngineError, Predictions
 from topfive_server.errors import (
@@ -383,6 +386,22 @@ def test_a_request_that_is_alone_leaves_the_decode_threads_alone(monkeypatch: py
         server.release()
         assert [reply.result().classes for reply in replies] == [[4], [5], [6]]
         assert sum(name.startswith("decode") for name in threads) == 2
+
+
+def test_images_that_come_together_are_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lone: list[int] = []
+    compute_lone = Batcher.compute_lone
+
+    def watched(self: Batcher, *arguments: Any) -> None:
+        lone.append(1)
+        compute_lone(self, *arguments)
+
+    monkeypatch.setattr(Batcher, "compute_lone", watched)
+    with serving() as server:
+        assert send_files(server, ("a.png", picture(1)), ("b.png", picture(2))).classes == [1, 2]
+        assert lone == []
+        assert send_files(server, ("a.png", picture(3))).classes == [3]
+        assert lone == [1]
 
 
 def test_the_golden_image_goes_through_the_decode_threads(monkeypatch: pytest.MonkeyPatch) -> None:
