@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from topfive_server.decode_pool import Outcome
 from topfive_server.engine import (
     DecodingEngine,
     Engine,
@@ -35,7 +36,7 @@ from topfive_server.engine import (
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
 from topfive_server.estimate import BatchTimes
 from topfive_server.job import PRIORITIES, Answer, Job, Priority, Queue
-from topfive_server.lone import LoneImage, Outcome
+from topfive_server.lone import LoneImage
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class Batcher:
         self._engine = engine
         self._observer = observer
         self._on_dead = on_dead
-        self._can_decode = isinstance(engine, DecodingEngine)
+        # Asked once: a protocol with many members takes its time to tell.
+        self._decoding_engine = engine if isinstance(engine, DecodingEngine) else None
         # Elsewhere an image is decoded while others are computed.
         self._decode_s = decode_s if engine.info.takes_turns else lambda: 0.0
         self.counts_decoding = engine.info.takes_turns
@@ -156,7 +158,7 @@ class Batcher:
         """Whether the engine has nothing to do but for what has arrived, nobody else is coming, and it can decode."""
         others = self.expected - arrival.counts_for(self)
         idle = not others and not self._queue and not self._computing and not self.dead_because
-        return idle and self._can_decode
+        return idle and self._decoding_engine is not None
 
     def compute_lone(
         self, job: Job, decode: Callable[[], Outcome], decoded: Callable[[Job, Outcome], None]
@@ -166,14 +168,14 @@ class Batcher:
         Where nothing is computed, because it does not decode, is not wanted any more or others have come meanwhile,
         `decoded` is called: to `submit` or `withdraw` the image, which is expected again.
         """
-        assert isinstance(self._engine, DecodingEngine)  # noqa: S101  `is_alone` has looked
+        assert self._decoding_engine is not None  # noqa: S101  `is_alone` has looked
         not_after = job.deadline - _SURELY * self.times.predict(1)
         lone = LoneImage(job, decode, decoded, not_after=not_after)
         self._expected[job.priority] -= 1
         self._lone, self._computing[lone] = lone, (monotonic() + self._decode_s(), 1)
         lone.timer = self._loop.call_later(self._engine_timeout_s, self._lone_overdue, lone)
         try:
-            running = self._engine.predict_lone(lone)
+            running = self._decoding_engine.predict_lone(lone)
         except EngineError as error:
             self._lone_failed(lone, error)
         else:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,10 @@ class Pixels(NamedTuple):
     height: int
 
 
+Outcome: TypeAlias = Pixels | RequestError | None
+"""What decoding comes to: the pixels, an error, or None when nobody wanted the image any more and nothing was decoded."""
+
+
 class DecodePool:
     """Runs `topfive.preprocessing.decode` on threads."""
 
@@ -52,18 +56,15 @@ class DecodePool:
         preprocessing: Preprocessing,
         side: int,
         job: Job,
-        done: Callable[[Job, Pixels | RequestError | None], None],
+        done: Callable[[Job, Outcome], None],
     ) -> None:
-        """Cut the central square of `side` pixels out of an image file and call `done` on the loop.
-
-        `done` gets the pixels, an error, or None when nobody wanted the image any more and nothing was decoded.
-        """
+        """Cut the central square of `side` pixels out of an image file, and call `done` on the loop."""
         self._threads.submit(self._decode, data, preprocessing, side, job, done)
 
     def decode_here(
         self, data: bytes | memoryview, preprocessing: Preprocessing, side: int, job: Job
-    ) -> Pixels | RequestError | None:
-        """Decode in the calling thread; the outcome is what `done` gets of `decode`."""
+    ) -> Outcome:
+        """Cut it out in the calling thread."""
         TURNS.wait()
         # A future's state may be read from another thread; being late by a moment costs one decode.
         if not job.wanted:
@@ -101,7 +102,6 @@ class DecodePool:
         preprocessing: Preprocessing,
         side: int,
         job: Job,
-        done: Callable[[Job, Pixels | RequestError | None], None],
+        done: Callable[[Job, Outcome], None],
     ) -> None:
-        outcome = self.decode_here(data, preprocessing, side, job)
-        self._loop.call_soon_threadsafe(done, job, outcome)
+        self._loop.call_soon_threadsafe(done, job, self.decode_here(data, preprocessing, side, job))

@@ -8,20 +8,16 @@ them may want the interpreter at once. A client who is alone waits for all of it
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from topfive_server.decode_pool import Pixels
-from topfive_server.errors import RequestError
+from topfive_server.decode_pool import Outcome, Pixels
 from topfive_server.job import Job
 
 if TYPE_CHECKING:
     import asyncio
-
-Outcome: TypeAlias = Pixels | RequestError | None
-"""Of decoding, as `DecodePool.decode_here` gives it."""
 
 
 class LoneImage:

@@ -20,7 +20,7 @@ from PIL import Image
 from topfive_server.admission import Loops, WaitLimit
 from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
-from topfive_server.decode_pool import DecodePool, Pixels
+from topfive_server.decode_pool import DecodePool, Outcome, Pixels
 from topfive_server.engine import Engine, EngineError, EngineInfo, EngineOutOfMemory
 from topfive_server.errors import RequestError
 from topfive_server.job import Answer, Job, Priority
@@ -150,7 +150,7 @@ class ServedModel:
         batcher.expect(priority)
         started = monotonic()
 
-        def decoded(job: Job, outcome: Pixels | RequestError | None) -> None:
+        def decoded(job: Job, outcome: Outcome) -> None:
             job.decode_s = monotonic() - started
             if isinstance(outcome, Pixels) and job.wanted:
                 job.image, job.width, job.height = outcome

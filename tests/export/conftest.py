@@ -11,6 +11,7 @@ from torch import nn
 from topfive.model_spec import Architecture, ArchitectureName, ModelSpec, Preprocessing
 from topfive_export.corpus import decoded, drawn_pictures
 from topfive_export.pipeline import ExportConfig, run_export
+from topfive_export.variant import Limits
 from topfive_training.checkpoint import Classifier, save_model
 from topfive_training.network import AlexNet, published_architecture
 
@@ -94,3 +95,15 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("repository") / "models"
     run_export(ExportConfig(run=checkpoint, out=out))
     return out
+
+
+def limits_up_to(relative_difference: float) -> Limits:
+    """Limits for a relative difference alone."""
+    return Limits(
+        probability_difference=None,
+        relative_difference=relative_difference,
+        top1_agreement=0.0,
+        top5_agreement=0.0,
+        near_ties_excused=False,
+        accuracy_drop=1.0,
+    )

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.export.conftest import make_classifier
+from tests.export.conftest import limits_up_to, make_classifier
 
 from topfive.model_spec import ArchitectureName
 from topfive_export import quantize
@@ -18,18 +18,10 @@ from topfive_export.graphs import build_graph
 from topfive_export.image_by_image import norms_image_by_image
 from topfive_export.onnx_file import strip, trace
 from topfive_export.quantize import Scheme
-from topfive_export.variant import Limits, Variant
+from topfive_export.variant import Variant
 from topfive_training.checkpoint import Classifier
 
 INT8 = Variant(precision="int8")
-ANYTHING = Limits(
-    probability_difference=None,
-    relative_difference=1e9,
-    top1_agreement=0.0,
-    top5_agreement=0.0,
-    near_ties_excused=False,
-    accuracy_drop=1.0,
-)
 
 
 def make_batch(count: int, classifier: Classifier | None = None) -> NDArray[np.uint8]:
@@ -54,7 +46,7 @@ def make_int8(
     images = make_batch(8, classifier)
     scheme = Scheme(ranges="minmax", skipped=skipped)
     reference = answer_torch(classifier, images)
-    return quantize.quantize(model, images, reference, ANYTHING, candidates=(scheme,)).model
+    return quantize.quantize(model, images, reference, limits_up_to(1e9), candidates=(scheme,)).model
 
 
 def answers(model: onnx.ModelProto, images: NDArray[np.uint8]) -> list[Any]:

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tests.export.conftest import make_classifier
+from tests.export.conftest import limits_up_to, make_classifier
 
 from topfive.cli import main
 from topfive.model_spec import ArchitectureName
@@ -24,7 +24,7 @@ from topfive_export.graphs import build_graph
 from topfive_export.onnx_file import trace
 from topfive_export.pipeline import ExportConfig, run_export
 from topfive_export.quantize import LAYERS, Scheme, activate_before_pools, tidy, weight_nodes
-from topfive_export.variant import ExportError, Limits, Variant
+from topfive_export.variant import ExportError, Variant
 
 INT8 = Variant(precision="int8")
 
@@ -35,17 +35,6 @@ class Sample(NamedTuple):
     model: onnx.ModelProto
     images: np.ndarray
     reference: Answered
-
-
-def _limits(relative_difference: float) -> Limits:
-    return Limits(
-        probability_difference=None,
-        relative_difference=relative_difference,
-        top1_agreement=0.0,
-        top5_agreement=0.0,
-        near_ties_excused=False,
-        accuracy_drop=1.0,
-    )
 
 
 def test_an_int8_version_is_smaller_and_reports_how_it_was_made(
@@ -95,7 +84,7 @@ def test_all_but_the_norms_is_computed_on_bytes(
     model = trace(build_graph(classifier, INT8), variant=INT8, side=side)
     candidates = (Scheme(ranges=ranges),)
     reference = answer_torch(classifier, images)
-    found = quantize.quantize(model, images, reference, _limits(1e9), candidates=candidates)
+    found = quantize.quantize(model, images, reference, limits_up_to(1e9), candidates=candidates)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -238,7 +227,7 @@ def test_pixels_are_quantized_as_they_are_whatever_the_calibration_images_hold()
     classifier = make_classifier()
     images = np.random.default_rng(1).integers(60, 130, (8, 227, 227, 3), dtype=np.uint8)
     model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
-    found = quantize.quantize(model, images, answer_torch(classifier, images), _limits(1e9))
+    found = quantize.quantize(model, images, answer_torch(classifier, images), limits_up_to(1e9))
     makers = {name: node for node in found.model.graph.node for name in node.output}
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in found.model.graph.initializer}
     conv1 = next(node for node in found.model.graph.node if node.op_type == "Conv")
@@ -266,11 +255,11 @@ def test_the_layer_that_costs_accuracy_stays_in_fp32() -> None:
     model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
     said: list[str] = []
     candidates = (Scheme(ranges="minmax"),)
-    free = quantize.quantize(model, images, reference, _limits(1e9), candidates=candidates)
+    free = quantize.quantize(model, images, reference, limits_up_to(1e9), candidates=candidates)
     assert free.scheme.skipped == ()
     everything = free.tried["minmax"]
     model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
-    limits = _limits(everything)  # the search wants a fifth to spare
+    limits = limits_up_to(everything)  # the search wants a fifth to spare
     found = quantize.quantize(model, images, reference, limits, candidates=candidates, say=said.append)
     assert "fc8" in found.scheme.skipped
     assert len(found.scheme.skipped) <= 3
@@ -302,7 +291,7 @@ def test_the_graph_that_is_given_is_that_of_the_scheme_that_is_named(monkeypatch
     )
     model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
     candidates = (Scheme(ranges="minmax"),)
-    found = quantize.quantize(model, images, reference, _limits(0.2), candidates=candidates)
+    found = quantize.quantize(model, images, reference, limits_up_to(0.2), candidates=candidates)
     assert found.scheme.skipped == ("fc7",)
     assert found.model.producer_version == "fc7"
 
@@ -316,7 +305,7 @@ def test_beyond_the_limits_even_so_is_refused() -> None:
             model,
             images,
             answer_torch(classifier, images),
-            _limits(1e-9),
+            limits_up_to(1e-9),
             candidates=(Scheme(ranges="minmax"),),
         )
 

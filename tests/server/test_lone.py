@@ -20,7 +20,7 @@ from tests.server.test_onnx_engine import check, open_engine
 
 from topfive import preprocessing
 from topfive_server.batcher import Batcher
-from topfive_server.decode_pool import Pixels
+from topfive_server.decode_pool import Outcome, Pixels
 from topfive_server.engine import EngineDead, EngineError, Predictions
 from topfive_server.errors import (
     BadRequestError,
@@ -30,7 +30,6 @@ from topfive_server.errors import (
     RequestError,
 )
 from topfive_server.job import Job
-from topfive_server.lone import Outcome
 
 
 class LoneBench(Bench):
@@ -364,7 +363,9 @@ def test_the_engine_decodes_in_one_and_the_same_thread_of_its_own(tmp_path: Path
     assert threads == {"engine-tiny-2"}
 
 
-def test_a_request_that_is_alone_leaves_the_decode_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(name="threads")
+def decoding_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Name of the thread in which each image is decoded."""
     threads: list[str] = []
     decode = preprocessing.decode
 
@@ -373,6 +374,10 @@ def test_a_request_that_is_alone_leaves_the_decode_threads_alone(monkeypatch: py
         return decode(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("topfive_server.decode_pool.decode", watched)
+    return threads
+
+
+def test_a_request_that_is_alone_leaves_the_decode_threads_alone(threads: list[str]) -> None:
     with serving() as server, ThreadPoolExecutor() as clients:
         threads.clear()  # the golden image goes the way that all can go
         assert server.classify(picture(3)).classes == [3]
@@ -404,16 +409,9 @@ def test_images_that_come_together_are_not_alone(monkeypatch: pytest.MonkeyPatch
         assert lone == [1]
 
 
-def test_the_golden_image_goes_through_the_decode_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-    decode = preprocessing.decode
-
-    def watched(*arguments: object, **options: object) -> object:
-        threads.append(threading.current_thread().name)
-        return decode(*arguments, **options)  # type: ignore[arg-type]
-
+def test_the_golden_image_goes_through_the_decode_threads(threads: list[str]) -> None:
     with serving() as server:
-        monkeypatch.setattr("topfive_server.decode_pool.decode", watched)
+        threads.clear()
         server.on_loop(lambda: setattr(server.model.batcher, "last_success", float("-inf")))
         assert server.request("GET", "/readyz").status == 200
     assert [name[:6] for name in threads] == ["decode"]
