@@ -65,23 +65,9 @@ class DecodePool:
         self, data: bytes | memoryview, preprocessing: Preprocessing, side: int, job: Job
     ) -> Outcome:
         """Cut it out in the calling thread."""
-        TURNS.wait()
-        # A future's state may be read from another thread; being late by a moment costs one decode.
-        if not job.wanted:
-            return None
-        begun = perf_counter()
-        try:
-            decoded = decode(data, preprocessing, crop=side, max_pixels=self._max_pixels)
-            pixels = Pixels(np.asarray(decoded.image), decoded.width, decoded.height)
-        except ImageError as error:
-            return from_image_error(error)
-        except MemoryError:
-            return NotReadyError("there was no memory to decode the image", retry_after_s=1)
-        except Exception:
-            log.exception("decoding failed in a way that has no name")
-            return InternalError("the image could not be decoded because of a mistake in the server")
-        self._each_s.observe(perf_counter() - begun)  # from several threads; a lost one is no loss
-        return pixels
+        with TURNS.decoding():
+            # A future's state may be read from another thread; being late by a moment costs one decode.
+            return self._cut_out(data, preprocessing, side) if job.wanted else None
 
     @property
     def seconds_per_image(self) -> float:
@@ -95,6 +81,21 @@ class DecodePool:
     def close(self) -> None:
         """Forget what waits, and end the threads once they have finished what they do."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _cut_out(self, data: bytes | memoryview, preprocessing: Preprocessing, side: int) -> Outcome:
+        begun = perf_counter()
+        try:
+            decoded = decode(data, preprocessing, crop=side, max_pixels=self._max_pixels)
+            pixels = Pixels(np.asarray(decoded.image), decoded.width, decoded.height)
+        except ImageError as error:
+            return from_image_error(error)
+        except MemoryError:
+            return NotReadyError("there was no memory to decode the image", retry_after_s=1)
+        except Exception:
+            log.exception("decoding failed in a way that has no name")
+            return InternalError("the image could not be decoded because of a mistake in the server")
+        self._each_s.observe(perf_counter() - begun)  # from several threads; a lost one is no loss
+        return pixels
 
     def _decode(
         self,

@@ -111,13 +111,22 @@ def open_session(
             f"ONNX Runtime could not start {provider} and offers only {', '.join(session.get_providers())}; "
             "run `topfive doctor` for what is missing, or say --device cpu"
         )
-    placed = (
+    check_placement(_placed(session), device, f"{model.name}/{model.version}", provider=provider)
+    return session
+
+
+def operators(session: onnxruntime.InferenceSession) -> set[str]:
+    """The operators that it computes, before ONNX Runtime fuses any."""
+    return {operator for _, operator in _placed(session)}
+
+
+def _placed(session: onnxruntime.InferenceSession) -> list[tuple[str, str]]:
+    """Provider and operator of every node."""
+    return [
         (graph.ep_name, node.op_type)
         for graph in session.get_provider_graph_assignment_info()
         for node in graph.get_nodes()
-    )
-    check_placement(placed, device, f"{model.name}/{model.version}", provider=provider)
-    return session
+    ]
 
 
 def check_placement(
