@@ -79,8 +79,10 @@ class WaitLimit:
     CALM_SHARE: Final = 0.1
     """Short waits cost a tenth of the throughput: so much is refused for them where all could be served."""
     LONGEST_S: Final = 60.0
-    """Seconds after which an overload has to show anew: clients that ask again as soon as they are refused never let it
-    become calm, and may be few enough to be served."""
+    """Seconds after which an overload has to show anew, whoever asks."""
+    LOOPS_LONGEST_S: Final = 10.0
+    """The same where it is clients in a loop: those that ask again as soon as they are refused never let it become calm, and
+    may be few enough to be served. (A slow model refused some of 64 for a minute, since all began at once.)"""
 
     def __init__(self, *, max_wait_s: float, overload_wait_s: float) -> None:
         """In seconds; 0 takes the multiple of a full batch's time."""
@@ -112,7 +114,7 @@ class WaitLimit:
         long_s = max(self.GROWN_BATCHES * full_batch_s, self.GROWN_LEAST_S)
         self._growth.observe(now, images)
         growing = not loops and wait_s >= long_s and self._growth.images >= self.GROWN_BATCHES / 2 * max_batch
-        lasts = self._overload(now)
+        lasts = self._overload(now, loops=loops)
         if growing or lasts:
             short_s = max(self.OVERLOAD_BATCHES * full_batch_s, self.OVERLOAD_LEAST_S)
             limit_s = min(limit_s, self._overload_wait_s or short_s)
@@ -129,11 +131,12 @@ class WaitLimit:
                 retry_after_s=wait_s - limit_s,
             )
 
-    def _overload(self, now: float) -> bool:
+    def _overload(self, now: float, *, loops: bool) -> bool:
         """Whether it lasts."""
         if self._began_at is None:
             return False
-        calm = now - self._refused_at >= self.CALM_S or now - self._began_at >= self.LONGEST_S
+        longest_s = self.LOOPS_LONGEST_S if loops else self.LONGEST_S
+        calm = now - self._refused_at >= self.CALM_S or now - self._began_at >= longest_s
         if now - self._counted_since >= self.CALM_S:
             calm = calm or self._refused < self.CALM_SHARE * self._asked
             self._counted_since, self._asked, self._refused = now, 0, 0

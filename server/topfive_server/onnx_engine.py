@@ -117,27 +117,16 @@ class OnnxEngine:
         self._part_jobs: _Jobs = queue.SimpleQueue()
         self._parts = parts
         """Of a large batch."""
-        largest = max_batch if parts == 1 else LEAST * parts - 1
-        whole = _Work(jobs=self._jobs, session=session, sizes=self.info.buckets or (1, largest))
-        self._lanes = [*[whole] * _LANES, replace(whole, jobs=self._lone_jobs, sizes=(1,))]
-        if part_session is not None:
-            largest = math.ceil(max_batch / parts)
-            part = _Work(
-                jobs=self._part_jobs,
-                session=part_session,
-                sizes=(largest,),
-                beside_others=True,
-                share=1 / parts,
-            )
-            self._lanes += [part] * parts
+        self._work = self._plan(session, part_session)
+        """Of each lane's thread."""
         self._accepting = threading.Lock()
         self._computing = threading.Lock()
         self._dead = ""
         self._closed = False
         # One warm-up job for each lane, not two for the same one.
-        self._all_lanes = threading.Barrier(len(self._lanes))
-        self._ended: list[Future[None]] = [Future() for _ in self._lanes]
-        for lane in range(len(self._lanes)):
+        self._all_lanes = threading.Barrier(len(self._work))
+        self._ended: list[Future[None]] = [Future() for _ in self._work]
+        for lane in range(len(self._work)):
             # Daemons: a hung device must not keep the process from ending.
             threading.Thread(
                 target=self._serve, args=(lane,), name=f"engine-{model.name}-{lane}", daemon=True
@@ -168,7 +157,7 @@ class OnnxEngine:
 
     async def warm_up(self) -> None:
         """Run every bucket (on a CPU: the smallest and the largest batch) once in every lane, and check the answers."""
-        jobs = [self._enqueue(_Job(None), lane.jobs) for lane in self._lanes]
+        jobs = [self._enqueue(_Job(None), work.jobs) for work in self._work]
         # Shielded: lanes wait for each other, so either all warm up or none.
         await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job)) for job in jobs))
 
@@ -181,9 +170,27 @@ class OnnxEngine:
         with self._accepting:
             if not self._closed:
                 self._closed = True
-                for lane in self._lanes:
-                    lane.jobs.put(None)
+                for work in self._work:
+                    work.jobs.put(None)
         return self._ended
+
+    def _plan(
+        self, session: onnxruntime.InferenceSession, part_session: onnxruntime.InferenceSession | None
+    ) -> list[_Work]:
+        max_batch, parts = self.info.max_batch, self._parts
+        largest = max_batch if part_session is None else LEAST * parts - 1
+        whole = _Work(jobs=self._jobs, session=session, sizes=self.info.buckets or (1, largest))
+        work = [*[whole] * _LANES, replace(whole, jobs=self._lone_jobs, sizes=(1,))]
+        if part_session is not None:
+            part = _Work(
+                jobs=self._part_jobs,
+                session=part_session,
+                sizes=(math.ceil(max_batch / parts),),
+                beside_others=True,
+                share=1 / parts,
+            )
+            work += [part] * parts
+        return work
 
     def _check(self, images: Images) -> None:
         shape = (self._side, self._side, 3)
@@ -202,7 +209,7 @@ class OnnxEngine:
 
     def _serve(self, number: int) -> None:
         lane: Lane | None = None
-        work = self._lanes[number]
+        work = self._work[number]
         while (job := work.jobs.get()) is not None:
             if not job.set_running_or_notify_cancel():
                 continue
@@ -235,7 +242,7 @@ class OnnxEngine:
             job.set_result(self._run(work, lane, job.images))
 
     def _make_lane(self, number: int) -> Lane:
-        work = self._lanes[number]
+        work = self._work[number]
         if self._device.kind == "cpu":
             return HostLane(work.session, max_batch=work.sizes[-1], side=self._side)
         return DeviceLane(

@@ -160,6 +160,12 @@ def test_many_who_never_stop_are_tried_again_after_a_while(now: list[float]) -> 
     assert refusals(now, limit, *[40] * 20) == []
 
 
+def test_an_overload_by_clients_in_a_loop_is_tried_anew_sooner(now: list[float]) -> None:
+    limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
+    assert refused(limit, 2.6, 83)  # all have come at once, behind a batch of others
+    assert len(refusals(now, limit, *[63] * 1000, loops=True)) == pytest.approx(10 / 0.08, abs=2)
+
+
 def test_clients_in_a_loop_may_come_one_after_the_other(now: list[float]) -> None:
     limit = WaitLimit(max_wait_s=0, overload_wait_s=0)
     assert refusals(now, limit, *range(0, 70, 7), loops=True) == []
