@@ -316,7 +316,9 @@ def test_the_bash_completion_is_valid_bash() -> None:
 
 
 def test_ctrl_c_of_the_real_process_exits_130_quietly(tmp_path: Path) -> None:
+    # A shell's background job, as CI may be, hands down to its children that they ignore it.
     program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from topfive.cli import main; from topfive.cli._commands import Command\n"
         "sys.exit(main(['wait'], commands=[Command(name='wait', target='waiting:wait', summary='')]))\n"
     )

@@ -21,8 +21,8 @@ from topfive_server.engine import EngineError, Predictions
 from topfive_server.lanes import HostLane, Images, Lane
 from topfive_server.onnx_engine import OnnxEngine
 from topfive_server.parts import LEAST, Joined, parts_of_a_batch, split
-from topfive_server.repository import Repository
-from topfive_server.session import RuntimeOptions
+from topfive_server.repository import ModelVersion, Repository
+from topfive_server.session import RuntimeOptions, open_session
 from topfive_server.turns import Turns
 
 CPU = Device(kind="cpu", reason="test")
@@ -91,7 +91,7 @@ def test_a_failed_part_fails_the_batch_once_all_have_ended() -> None:
         joined.result(0)
 
 
-def test_a_cancelled_batch_computes_no_part_that_has_not_begun() -> None:
+def test_a_cancelled_batch_computes_no_part_that_has_not_begun(caplog: pytest.LogCaptureFixture) -> None:
     parts = [Future[Predictions](), Future[Predictions]()]
     joined = Joined(parts)
     parts[0].set_running_or_notify_cancel()
@@ -100,6 +100,7 @@ def test_a_cancelled_batch_computes_no_part_that_has_not_begun() -> None:
     parts[0].set_result(predictions(2))
     with pytest.raises(CancelledError):
         joined.result(0)
+    assert caplog.text == ""  # where a callback's failure would be
 
 
 @pytest.mark.parametrize("attempt", range(50))
@@ -135,6 +136,24 @@ def test_every_batch_size_is_answered_in_order(tmp_path: Path) -> None:
         await engine.close()
 
     asyncio.run(run())
+
+
+def test_the_threads_of_parts_compute_alone(tmp_path: Path) -> None:
+    work = open_engine(tmp_path)._work
+    threads = [each.session.get_session_options().intra_op_num_threads for each in work]
+    assert threads == [2, 2, 2, 1, 1]
+    assert work[3].session is work[4].session  # one more copy of the weights, not two
+
+
+def test_a_gpu_computes_whole_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_on_cpu(model: ModelVersion, device: Device, options: RuntimeOptions) -> Any:
+        return open_session(model, CPU, options)
+
+    monkeypatch.setattr(onnx_engine, "open_session", open_on_cpu)
+    write_model(tmp_path, norms=True)
+    model, cuda = Repository(tmp_path).read("tiny"), Device(kind="cuda", reason="test")
+    engine = OnnxEngine(model, cuda, RuntimeOptions(threads=2))
+    assert [work.share for work in engine._work] == [1, 1, 1]
 
 
 def test_large_batches_are_computed_by_all_cores_at_once_and_small_ones_as_a_whole(
