@@ -142,11 +142,10 @@ def _wrap(graph: GraphProto, norm: _Norm) -> None:
         around.append(helper.make_node("DequantizeLinear", [result, *scale], [f"{prefix}_dequantized"]))
         norm.pool.input[0] = f"{prefix}_dequantized"
     gone = {node.output[0] for node in replaced}
+    last = replaced[-1].output[0]
     nodes: list[NodeProto] = []
     for node in graph.node:
-        if (
-            node.output[0] == replaced[-1].output[0]
-        ):  # what it needs is computed by here, what needs it is not
+        if node.output[0] == last:  # what it needs is computed by here, what needs it is not
             nodes += around
         elif node.output[0] not in gone:
             nodes.append(node)

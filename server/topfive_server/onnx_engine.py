@@ -64,10 +64,8 @@ class _Work:
     session: onnxruntime.InferenceSession
     sizes: tuple[int, ...]
     """Batch sizes that are warmed up, ascending; on a GPU there are no others."""
-    beside_others: bool = False
-    """Whether it computes while other lanes do."""
     share: float = 1.0
-    """Of the cores that it computes on."""
+    """Of the cores that it computes on; where that is not all, other lanes compute meanwhile."""
 
 
 class OnnxEngine:
@@ -186,7 +184,6 @@ class OnnxEngine:
                 jobs=self._part_jobs,
                 session=part_session,
                 sizes=(math.ceil(max_batch / parts),),
-                beside_others=True,
                 share=1 / parts,
             )
             work += [part] * parts
@@ -274,7 +271,7 @@ class OnnxEngine:
     def _run(self, work: _Work, lane: Lane, images: Images) -> Predictions:
         with self._gate(captures=lane.captures(len(images))):
             lane.fill(images)
-            alone = contextlib.nullcontext() if work.beside_others else self._computing
+            alone = self._computing if work.share == 1 else contextlib.nullcontext()
             with alone, self._turn(work):
                 lane.compute()
             # Outside the lock: the other lane computes while this one's answers are copied.

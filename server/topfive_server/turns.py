@@ -25,10 +25,8 @@ class Turns:
         """`cores`: those that both have."""
         self._cores = cores
         self._changed = threading.Condition()
-        self._begun: dict[object, float] = {}
-        """What computes, and since when."""
-        self._taken = 0.0
-        """Share of the cores that it has."""
+        self._begun: dict[object, tuple[float, float]] = {}
+        """What computes: since when, and on which share of the cores."""
         self._decoding = 0
         """Images that are being decoded."""
 
@@ -37,14 +35,12 @@ class Turns:
         """A batch that computes on all cores, or a part of one on its share of them."""
         this = object()
         with self._changed:
-            self._begun[this] = monotonic()
-            self._taken += share
+            self._begun[this] = monotonic(), share
         try:
             yield
         finally:
             with self._changed:
                 del self._begun[this]
-                self._taken -= share
                 self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -56,7 +52,7 @@ class Turns:
         be decoded.
         """
         with self._changed:
-            before = dict(self._begun)
+            before = set(self._begun)
             while not self._has_room() and (left_s := self._left_s(before)) > 0:
                 self._changed.wait(left_s)
             self._decoding += 1
@@ -67,12 +63,17 @@ class Turns:
                 self._decoding -= 1
                 self._changed.notify()
 
+    @property
+    def _taken(self) -> float:
+        """Share of the cores that is computed on."""
+        return sum(share for _, share in self._begun.values())
+
     def _has_room(self) -> bool:
         return self._decoding < round(self._cores * (1 - self._taken))
 
-    def _left_s(self, before: dict[object, float]) -> float:
+    def _left_s(self, before: set[object]) -> float:
         newest = max(
-            (begun for batch, begun in before.items() if batch in self._begun), default=float("-inf")
+            (begun for this, (begun, _) in self._begun.items() if this in before), default=float("-inf")
         )
         return newest + self.PATIENCE_S - monotonic()
 

@@ -145,11 +145,14 @@ def test_inductor_translates_the_step_into_code_that_trains_alike(
     trainers = [make_trainer(recipe, tmp_path, "cpu", compiled=compiled) for compiled in (False, True)]
     for step in range(3):
         plain, translated = (trainer.step(make_batch("cpu"), NOW) for trainer in trainers)
-        torch.testing.assert_close(translated, plain, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(translated, plain, rtol=1e-4, atol=1e-4)
+        states = [trainer.classifier.network.state_dict() for trainer in trainers]
         if step == 0:
-            # Later batch norm over four images has magnified what is rounded otherwise a thousandfold, each time.
-            states = [trainer.classifier.network.state_dict() for trainer in trainers]
             torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
+        elif (
+            name == "2012"
+        ):  # batch norm over four images magnifies rounding a thousandfold with each further step
+            torch.testing.assert_close(states[1], states[0], rtol=1e-3, atol=1e-3)
     assert any((tmp_path / "cache").rglob("*.cpp")), "nothing was translated"
 
 
