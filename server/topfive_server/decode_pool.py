@@ -65,9 +65,9 @@ class DecodePool:
         self, data: bytes | memoryview, preprocessing: Preprocessing, side: int, job: Job
     ) -> Outcome:
         """Cut it out in the calling thread."""
-        with TURNS.decoding():
-            # A future's state may be read from another thread; being late by a moment costs one decode.
-            return self._cut_out(data, preprocessing, side) if job.wanted else None
+        TURNS.wait()
+        # A future's state may be read from another thread; being late by a moment costs one decode.
+        return self._cut_out(data, preprocessing, side) if job.wanted else None
 
     @property
     def seconds_per_image(self) -> float:

@@ -3,7 +3,7 @@
 Shapes: B images of the batch, H and W pixels (both `side`), T top classes, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -19,6 +19,8 @@ INPUT: Final = "image"
 OUTPUTS: Final = ("probabilities", "classes", "scores")
 
 Images: TypeAlias = Sequence[NDArray[np.uint8]]
+Network: TypeAlias = Callable[[NDArray[np.uint8]], Predictions]
+"""Computes images [B, H, W, 3]."""
 
 
 class Lane(Protocol):
@@ -43,8 +45,8 @@ class Lane(Protocol):
 class HostLane:
     """A lane in main memory: any batch size up to the limit, computed in place."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, *, max_batch: int, side: int) -> None:
-        self._session = session
+    def __init__(self, network: Network, *, max_batch: int, side: int) -> None:
+        self._network = network
         self._images_BHWC = np.zeros((max_batch, side, side, 3), np.uint8)
         self._count = 0
         self._computed: Predictions
@@ -60,7 +62,7 @@ class HostLane:
 
     def compute(self) -> None:
         """Compute the images filled in last."""
-        self._computed = Predictions(*self._session.run(OUTPUTS, {INPUT: self._images_BHWC[: self._count]}))
+        self._computed = self._network(self._images_BHWC[: self._count])
 
     def read(self) -> Predictions:
         """Their predictions."""

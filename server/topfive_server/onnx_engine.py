@@ -5,35 +5,31 @@ its lane (and uploads it, on a GPU) while the other's batch computes, and a lock
 the copy of batch n + 1 is hidden behind the arithmetic of batch n, and so are the answers of batch n behind batch n + 1.
 On a GPU copies run on CUDA's default stream and ONNX Runtime on a stream of its own that does not wait for it.
 
-On a processor a large batch may be computed in parts, all at the same time (`parts`): a thread for each, with one session
-of one thread between them. Another thread decodes and computes lone images. One and the same for all of them: where the two above took them in turn,
+A third thread decodes and computes lone images. One and the same for all of them: where the two above took them in turn,
 each found the caches full of what the other had left, and a lone image took 5 % longer (docs/lab-notes.md).
 """
 
 import asyncio
 import contextlib
-import math
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
-import onnxruntime
 
 from topfive_server.buckets import make_buckets
 from topfive_server.capture import GATE
 from topfive_server.devices import Device, cores
 from topfive_server.engine import Decode, EngineDead, EngineError, EngineInfo, Predictions
 from topfive_server.lanes import DeviceLane, HostLane, Images, Lane
-from topfive_server.parts import LEAST, Joined, parts_of_a_batch, split
+from topfive_server.network import open_network
 from topfive_server.repository import ModelVersion
-from topfive_server.session import RuntimeOptions, engine_error, open_session, operators
+from topfive_server.session import RuntimeOptions, engine_error, open_session
 from topfive_server.turns import TURNS
 
 _LANES: Final = 2
-"""For whole batches. One computes while the next is filled; a third would only wait."""
+"""For batches. One computes while the next is filled; a third would only wait."""
 
 
 class _Job(Future[Predictions]):
@@ -56,18 +52,6 @@ _AnyJob = TypeVar("_AnyJob", _Job, _LoneJob)
 _Jobs: TypeAlias = "queue.SimpleQueue[_Job | _LoneJob | None]"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """What the thread of a lane does."""
-
-    jobs: _Jobs
-    session: onnxruntime.InferenceSession
-    sizes: tuple[int, ...]
-    """Batch sizes that are warmed up, ascending; on a GPU there are no others."""
-    share: float = 1.0
-    """Of the cores that it computes on; where that is not all, other lanes compute meanwhile."""
-
-
 class OnnxEngine:
     """Runs one model version with ONNX Runtime on one device.
 
@@ -87,15 +71,13 @@ class OnnxEngine:
                 f"model {model.name} takes images of any size; an engine needs a graph that takes fixed squares"
             )
         max_batch = options.batch_limit(device)
-        threads = options.threads or cores()
-        parts = 1
         # Hashing 244 MB takes as long as a few batches; the session takes longer to open.
         with ThreadPoolExecutor(1, thread_name_prefix="fingerprint") as pool:
             fingerprint = pool.submit(model.fingerprint)
-            session = open_session(model, device, options)
             if device.kind == "cpu":
-                parts = parts_of_a_batch(operators(session), threads=threads, max_batch=max_batch)
-            part_session = open_session(model, device, replace(options, threads=1)) if parts > 1 else None
+                self._network = open_network(model, device, options)
+            else:
+                self._session = open_session(model, device, options)
         self._device = device
         self._side = side
         self.info = EngineInfo(
@@ -108,23 +90,20 @@ class OnnxEngine:
             buckets=make_buckets(max_batch) if device.kind == "cuda" else (),
             fingerprint=fingerprint.result(),
             # With cores to spare, decoding has those.
-            takes_turns=device.kind == "cpu" and threads >= cores(),
+            takes_turns=device.kind == "cpu" and (options.threads or cores()) >= cores(),
         )
         self._jobs: _Jobs = queue.SimpleQueue()
         self._lone_jobs: _Jobs = queue.SimpleQueue()
-        self._part_jobs: _Jobs = queue.SimpleQueue()
-        self._parts = parts
-        """Of a large batch."""
-        self._work = self._plan(session, part_session)
-        """Of each lane's thread."""
+        self._queues = [*[self._jobs] * _LANES, self._lone_jobs]
+        """Of each lane."""
         self._accepting = threading.Lock()
         self._computing = threading.Lock()
         self._dead = ""
         self._closed = False
         # One warm-up job for each lane, not two for the same one.
-        self._all_lanes = threading.Barrier(len(self._work))
-        self._ended: list[Future[None]] = [Future() for _ in self._work]
-        for lane in range(len(self._work)):
+        self._all_lanes = threading.Barrier(len(self._queues))
+        self._ended: list[Future[None]] = [Future() for _ in self._queues]
+        for lane in range(len(self._queues)):
             # Daemons: a hung device must not keep the process from ending.
             threading.Thread(
                 target=self._serve, args=(lane,), name=f"engine-{model.name}-{lane}", daemon=True
@@ -148,14 +127,11 @@ class OnnxEngine:
         if not 1 <= len(images) <= self.info.max_batch:
             raise ValueError(f"a batch has {len(images)} images; it must have 1 to {self.info.max_batch}")
         self._check(images)
-        parts = split(images, self._parts)
-        if len(parts) == 1:
-            return self._enqueue(_Job(images), self._jobs)
-        return Joined([self._enqueue(_Job(part), self._part_jobs) for part in parts])
+        return self._enqueue(_Job(images), self._jobs)
 
     async def warm_up(self) -> None:
         """Run every bucket (on a CPU: the smallest and the largest batch) once in every lane, and check the answers."""
-        jobs = [self._enqueue(_Job(None), work.jobs) for work in self._work]
+        jobs = [self._enqueue(_Job(None), lane) for lane in self._queues]
         # Shielded: lanes wait for each other, so either all warm up or none.
         await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job)) for job in jobs))
 
@@ -168,26 +144,9 @@ class OnnxEngine:
         with self._accepting:
             if not self._closed:
                 self._closed = True
-                for work in self._work:
-                    work.jobs.put(None)
+                for lane in self._queues:
+                    lane.put(None)
         return self._ended
-
-    def _plan(
-        self, session: onnxruntime.InferenceSession, part_session: onnxruntime.InferenceSession | None
-    ) -> list[_Work]:
-        max_batch, parts = self.info.max_batch, self._parts
-        largest = max_batch if part_session is None else LEAST * parts - 1
-        whole = _Work(jobs=self._jobs, session=session, sizes=self.info.buckets or (1, largest))
-        work = [*[whole] * _LANES, replace(whole, jobs=self._lone_jobs, sizes=(1,))]
-        if part_session is not None:
-            part = _Work(
-                jobs=self._part_jobs,
-                session=part_session,
-                sizes=(math.ceil(max_batch / parts),),
-                share=1 / parts,
-            )
-            work += [part] * parts
-        return work
 
     def _check(self, images: Images) -> None:
         shape = (self._side, self._side, 3)
@@ -206,8 +165,8 @@ class OnnxEngine:
 
     def _serve(self, number: int) -> None:
         lane: Lane | None = None
-        work = self._work[number]
-        while (job := work.jobs.get()) is not None:
+        jobs = self._queues[number]
+        while (job := jobs.get()) is not None:
             if not job.set_running_or_notify_cancel():
                 continue
             try:
@@ -217,7 +176,7 @@ class OnnxEngine:
                 if lane is None:
                     with self._gate(captures=True):
                         lane = self._make_lane(number)
-                self._perform(work, lane, job)
+                self._perform(number, lane, job)
             except Exception as error:  # noqa: BLE001  ONNX Runtime raises types of its own; the caller gets ours
                 failure = engine_error(error)
                 if isinstance(failure, EngineDead):
@@ -230,21 +189,27 @@ class OnnxEngine:
         del lane
         self._ended[number].set_result(None)
 
-    def _perform(self, work: _Work, lane: Lane, job: _Job | _LoneJob) -> None:
+    def _perform(self, number: int, lane: Lane, job: _Job | _LoneJob) -> None:
         if isinstance(job, _LoneJob):
-            job.set_result(self._run_lone(work, lane, job.decode))
+            job.set_result(self._run_lone(lane, job.decode))
         elif job.images is None:
-            job.set_result(self._warm(work, lane))
+            job.set_result(self._warm(lane, self._sizes(number)))
         else:
-            job.set_result(self._run(work, lane, job.images))
+            job.set_result(self._run(lane, job.images))
+
+    def _sizes(self, number: int) -> tuple[int, ...]:
+        """Batch sizes of a lane that are warmed up; on a GPU there are no others."""
+        if number == _LANES:
+            return (1,)
+        return self.info.buckets or (1, self.info.max_batch)
 
     def _make_lane(self, number: int) -> Lane:
-        work = self._work[number]
+        sizes = self._sizes(number)
         if self._device.kind == "cpu":
-            return HostLane(work.session, max_batch=work.sizes[-1], side=self._side)
+            return HostLane(self._network, max_batch=sizes[-1], side=self._side)
         return DeviceLane(
-            work.session,
-            buckets=work.sizes,
+            self._session,
+            buckets=sizes,
             side=self._side,
             memory="cuda",
             index=self._device.index,
@@ -257,22 +222,21 @@ class OnnxEngine:
             return contextlib.nullcontext()
         return GATE.alone() if captures else GATE.beside_others()
 
-    def _turn(self, work: _Work) -> contextlib.AbstractContextManager[None]:
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
         """What keeps decoders off the cores that a batch computes on."""
-        return TURNS.computing(work.share) if self.info.takes_turns else contextlib.nullcontext()
+        return TURNS.computing() if self.info.takes_turns else contextlib.nullcontext()
 
-    def _run_lone(self, work: _Work, lane: Lane, decode: Decode) -> Predictions | None:
+    def _run_lone(self, lane: Lane, decode: Decode) -> Predictions | None:
         image = decode()
         if image is None:
             return None
         self._check([image])
-        return self._run(work, lane, [image])
+        return self._run(lane, [image])
 
-    def _run(self, work: _Work, lane: Lane, images: Images) -> Predictions:
+    def _run(self, lane: Lane, images: Images) -> Predictions:
         with self._gate(captures=lane.captures(len(images))):
             lane.fill(images)
-            alone = self._computing if work.share == 1 else contextlib.nullcontext()
-            with alone, self._turn(work):
+            with self._computing, self._turn():
                 lane.compute()
             # Outside the lock: the other lane computes while this one's answers are copied.
             predictions = lane.read()
@@ -280,8 +244,8 @@ class OnnxEngine:
             raise EngineError(f"model {self.info.name}/{self.info.version} gave answers that are not numbers")
         return predictions
 
-    def _warm(self, work: _Work, lane: Lane) -> Predictions:
-        images = [np.zeros((self._side, self._side, 3), np.uint8)] * work.sizes[-1]
-        for batch in work.sizes:
-            predictions = self._run(work, lane, images[:batch])
+    def _warm(self, lane: Lane, sizes: tuple[int, ...]) -> Predictions:
+        images = [np.zeros((self._side, self._side, 3), np.uint8)] * sizes[-1]
+        for batch in sizes:
+            predictions = self._run(lane, images[:batch])
         return predictions

@@ -1,6 +1,6 @@
 """Reads what an ONNX file says of itself, without its weights: metadata, inputs, outputs.
 
-Opening a session for that would read and hold all of a 244 MB file, and the `onnx` package is no part of the server.
+Opening a session for that would read and hold all of a 244 MB file, and so would the `onnx` package.
 An ONNX file is one protobuf message (`onnx.proto3`: ModelProto), whose fields carry their length: the reader below
 steps over the weights with `seek` and touches a few kilobytes. A file that ends before a length says it should is
 half-copied, and is reported so. The file is read, never mapped: a mapped file that shrinks kills the process.

@@ -87,10 +87,20 @@ class RuntimeOptions:
         return tensorrt.PROVIDER if self.tensorrt and device.kind == "cuda" else device.provider
 
 
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """A graph in memory."""
+
+    model: bytes
+    """Serialised, without its large weights."""
+    weights: dict[str, onnxruntime.OrtValue]
+    """Those, by name."""
+
+
 def open_session(
-    model: ModelVersion, device: Device, options: RuntimeOptions
+    model: ModelVersion, device: Device, options: RuntimeOptions, *, graph: Graph | None = None
 ) -> onnxruntime.InferenceSession:
-    """Open the model on the device, and check that its heavy nodes run there.
+    """Open the model on the device, or a `graph` that was made of it, and check that its heavy nodes run there.
 
     Raises:
         DeviceError: the provider did not load, or heavy nodes fell back to the CPU.
@@ -99,34 +109,25 @@ def open_session(
     # A graph is captured only where one provider runs all of it.
     graphs = device.kind == "cuda" and options.cuda_graphs and not options.tensorrt
     try:
-        session = _open(model, device, options, cuda_graphs=graphs)
+        session = _open(model, device, options, cuda_graphs=graphs, graph=graph)
     except Exception as error:
         if not (graphs and "graph capture" in str(error)):
             raise EngineError(f"{model.name}/{model.version} cannot be loaded: {one_line(error)}") from error
         log.warning("%s/%s runs without CUDA graphs: %s", model.name, model.version, one_line(error))
-        session = _open(model, device, options, cuda_graphs=False)
+        session = _open(model, device, options, cuda_graphs=False, graph=graph)
     provider = options.provider(device)
     if provider not in session.get_providers():
         raise DeviceError(
             f"ONNX Runtime could not start {provider} and offers only {', '.join(session.get_providers())}; "
             "run `topfive doctor` for what is missing, or say --device cpu"
         )
-    check_placement(_placed(session), device, f"{model.name}/{model.version}", provider=provider)
-    return session
-
-
-def operators(session: onnxruntime.InferenceSession) -> set[str]:
-    """The operators that it computes, before ONNX Runtime fuses any."""
-    return {operator for _, operator in _placed(session)}
-
-
-def _placed(session: onnxruntime.InferenceSession) -> list[tuple[str, str]]:
-    """Provider and operator of every node."""
-    return [
+    placed = (
         (graph.ep_name, node.op_type)
         for graph in session.get_provider_graph_assignment_info()
         for node in graph.get_nodes()
-    ]
+    )
+    check_placement(placed, device, f"{model.name}/{model.version}", provider=provider)
+    return session
 
 
 def check_placement(
@@ -159,10 +160,15 @@ def check_placement(
         )
 
 
-def _open(model: ModelVersion, device: Device, options: RuntimeOptions, *, cuda_graphs: bool) -> Any:
+def _open(
+    model: ModelVersion, device: Device, options: RuntimeOptions, *, cuda_graphs: bool, graph: Graph | None
+) -> Any:
+    settings = session_options(device, options)
+    if graph is not None:
+        settings.add_external_initializers([*graph.weights], [*graph.weights.values()])
     return onnxruntime.InferenceSession(
-        str(model.path),
-        session_options(device, options),
+        str(model.path) if graph is None else graph.model,
+        settings,
         providers=[
             *_tensorrt(model, device, options),
             *provider_options(device, options, cuda_graphs=cuda_graphs),

@@ -44,7 +44,6 @@ def write_model(
     side: int | str | None = None,
     seed: int = 0,
     fails_on_white: bool = False,
-    norms: bool = False,
     drop_output: str | None = None,
     weight_scale: float = 1.0,
     report: dict[str, Any] | None = None,
@@ -60,7 +59,6 @@ def write_model(
         side: side of the input square, when it is not the spec's crop; a name for any size.
         seed: of the weights.
         fails_on_white: an image whose first byte is 255 makes the whole batch fail at run time, like a bad kernel.
-        norms: with the LRN operator, which changes nothing here.
         drop_output: leave this output out.
         weight_scale: factor on the weights; nan makes every answer not-a-number.
         report: content of `report.json`.
@@ -76,8 +74,7 @@ def write_model(
     }
     nodes = [
         helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
-        *([helper.make_node("LRN", ["pixels"], ["normed"], size=1, alpha=1e-12)] if norms else []),
-        helper.make_node("ReduceMean", ["normed" if norms else "pixels", "axes"], ["color"], keepdims=0),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["color"], keepdims=0),
     ]
     features = "color"
     if fails_on_white:

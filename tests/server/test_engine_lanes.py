@@ -15,6 +15,7 @@ from topfive_server.buckets import bucket_for, make_buckets
 from topfive_server.capture import Gate
 from topfive_server.devices import Device
 from topfive_server.lanes import DeviceLane, HostLane
+from topfive_server.network import Whole
 from topfive_server.onnx_engine import OnnxEngine
 from topfive_server.repository import Repository
 from topfive_server.session import RuntimeOptions
@@ -54,7 +55,7 @@ def test_every_batch_goes_to_the_smallest_bucket_that_holds_it() -> None:
 
 
 def test_padding_changes_no_answer_and_is_not_returned(session: Any) -> None:
-    device, host = device_lane(session), HostLane(session, max_batch=8, side=12)
+    device, host = device_lane(session), HostLane(Whole(session), max_batch=8, side=12)
     for count in (8, 3, 1, 5, 2, 7):  # large before small: the padding holds another batch's images
         images = random_images(count, seed=count)
         device.fill(images)
@@ -100,7 +101,7 @@ def test_the_first_batch_of_each_bucket_captures(session: Any) -> None:
     lane.fill(random_images(3))
     lane.compute()
     assert [lane.captures(count) for count in (1, 3, 4, 8)] == [True, False, False, True]
-    assert not HostLane(session, max_batch=8, side=12).captures(1)
+    assert not HostLane(Whole(session), max_batch=8, side=12).captures(1)
 
 
 def test_a_capture_waits_for_batches_and_holds_them_back() -> None:

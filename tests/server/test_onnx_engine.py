@@ -24,9 +24,11 @@ from topfive_server.session import RuntimeOptions, check_placement, engine_error
 CPU = Device(kind="cpu", reason="test")
 
 
-def open_engine(root: Path, max_batch: int = 8, **model: Any) -> OnnxEngine:
+def open_engine(root: Path, max_batch: int = 8, threads: int = 1, **model: Any) -> OnnxEngine:
     write_model(root, **model)
-    return OnnxEngine(Repository(root).read("tiny"), CPU, RuntimeOptions(threads=1, max_batch=max_batch))
+    return OnnxEngine(
+        Repository(root).read("tiny"), CPU, RuntimeOptions(threads=threads, max_batch=max_batch)
+    )
 
 
 def check(predictions: Predictions, images: list[NDArray[np.uint8]], classes: int = 7) -> None:

@@ -105,12 +105,7 @@ def test_connections_are_dealt_out_evenly_and_metrics_are_of_all(models: Path) -
         body = json.loads(process.request("GET", "/readyz")[1])
         assert body["ready"]
         assert [row["worker"] for row in body["workers"]] == [1, 2]
-        # Sequential connections go round, too.
-        for _ in range(4):
-            process.request("GET", "/healthz")
         assert process.stop() == 0
-        rounds = [line["worker"] for line in process.log if line.get("path") == "/healthz"]
-        assert sorted(rounds) == [1, 1, 2, 2]
 
 
 def test_a_killed_worker_costs_only_its_own_connections_and_comes_back(models: Path) -> None:

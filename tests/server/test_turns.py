@@ -28,17 +28,12 @@ def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor()
 
 
-def decode_once(turns: Turns) -> None:
-    with turns.decoding():
-        pass
-
-
 def test_a_decoder_waits_for_every_batch_that_computes(threads: ThreadPoolExecutor) -> None:
-    turns = Turns(cores=2)
-    decode_once(turns)  # for nobody
+    turns = Turns()
+    turns.wait()  # for nobody
     with turns.computing():
         with turns.computing():
-            waiting = threads.submit(decode_once, turns)
+            waiting = threads.submit(turns.wait)
             time.sleep(0.05)
             assert not waiting.done()
         time.sleep(0.05)
@@ -46,39 +41,11 @@ def test_a_decoder_waits_for_every_batch_that_computes(threads: ThreadPoolExecut
     waiting.result(1)
 
 
-def test_as_many_are_decoded_as_the_parts_of_a_batch_leave_cores(threads: ThreadPoolExecutor) -> None:
-    turns = Turns(cores=3)
-    ended = threading.Event()
-
-    def decode() -> None:
-        with turns.decoding():
-            ended.wait(20)
-
-    with turns.computing(1 / 3), turns.computing(1 / 3):
-        with turns.computing(1 / 3):
-            decoding = [threads.submit(decode) for _ in range(3)]
-            time.sleep(0.05)
-            assert turns._decoding == 0
-        eventually(lambda: turns._decoding == 1)  # one part has ended: there is one core
-        time.sleep(0.05)
-        assert turns._decoding == 1
-        ended.set()
-        for each in decoding:  # one after the other
-            each.result(1)
-    assert turns._decoding == 0
-
-
-def test_more_decode_than_there_are_cores_where_nothing_computes(threads: ThreadPoolExecutor) -> None:
-    turns = Turns(cores=1)
-    with turns.decoding(), turns.decoding():
-        threads.submit(decode_once, turns).result(1)
-
-
 def test_batches_without_a_pause_do_not_keep_a_decoder_waiting(threads: ThreadPoolExecutor) -> None:
-    turns = Turns(cores=2)
+    turns = Turns()
     first = turns.computing()
     first.__enter__()
-    waiting = threads.submit(decode_once, turns)
+    waiting = threads.submit(turns.wait)
     time.sleep(0.05)
     assert not waiting.done()
     with turns.computing():  # before the first has ended, as with two models
@@ -86,24 +53,21 @@ def test_batches_without_a_pause_do_not_keep_a_decoder_waiting(threads: ThreadPo
         waiting.result(1)
 
 
-def test_what_failed_is_not_waited_for() -> None:
-    turns = Turns(cores=1)
+def test_a_batch_that_failed_is_not_waited_for() -> None:
+    turns = Turns()
     with pytest.raises(RuntimeError), turns.computing():
         raise RuntimeError
-    with pytest.raises(RuntimeError), turns.decoding():
-        raise RuntimeError
-    with turns.computing(0.0):  # leaves the core
-        decode_once(turns)
+    turns.wait()
 
 
 def test_a_hung_batch_does_not_stop_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Turns, "PATIENCE_S", 0.1)
-    turns = Turns(cores=2)
+    turns = Turns()
     with turns.computing():
         begun = time.monotonic()
-        decode_once(turns)
+        turns.wait()
         assert time.monotonic() - begun >= 0.09
-        decode_once(turns)  # and not again by every image
+        turns.wait()  # and not again by every image
         assert time.monotonic() - begun < 0.2
 
 
@@ -129,7 +93,7 @@ def test_an_image_is_not_decoded_while_a_batch_computes(threads: ThreadPoolExecu
 def test_an_engine_that_leaves_cores_to_the_decoders_takes_no_turns(
     asked: int, cores: int, takes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = Turns(cores=2)
+    turns = Turns()
     seen: list[bool] = []
     monkeypatch.setattr(onnx_engine, "TURNS", turns)
     monkeypatch.setattr(onnx_engine, "cores", lambda: cores)
