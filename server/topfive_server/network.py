@@ -29,6 +29,8 @@ from topfive_server.session import RuntimeOptions, one_line, open_session
 
 log = logging.getLogger(__name__)
 
+_LEAST: Final = 2
+"""Images for each thread, from which on a batch is dealt out."""
 _PIECE_BYTES: Final = 4
 """Most images of a piece, times the bytes of a number: four in int8, one in fp32."""
 _MOST_IDLE: Final = 0.06
@@ -36,13 +38,13 @@ _MOST_IDLE: Final = 0.06
 
 
 def open_network(model: ModelVersion, device: Device, options: RuntimeOptions) -> Network:
-    """Open a model on a processor, in two halves where there are several threads and it can be cut.
+    """Open a model on a processor; in two halves if it can be cut, and batches are large enough for its threads.
 
     Raises:
         DeviceError, EngineError: as `open_session`.
     """
     threads = options.threads or cores()
-    if threads > 1:
+    if 1 < threads <= options.batch_limit(device) // _LEAST:
         try:
             return TwoHalves(model, device, replace(options, threads=threads), cut(model.path, OUTPUTS))
         except Exception as error:  # noqa: BLE001  where the file is at fault, opening it says so better
@@ -101,8 +103,8 @@ class TwoHalves:
         _, height, width, _ = self._together.get_inputs()[0].shape
         random = np.random.default_rng(0)
         # No two of them alike, even on average.
-        highest = random.integers(8, 256, (2 * self._threads, 1, 1, 1))
-        images = random.integers(0, highest, (2 * self._threads, height, width, 3), np.uint8)
+        highest = random.integers(8, 256, (_LEAST * self._threads, 1, 1, 1))
+        images = random.integers(0, highest, (_LEAST * self._threads, height, width, 3), np.uint8)
         whole, pieces = self._run(self._together, images), self._convolve(images)
         rounding = 1 if whole.dtype.kind in "iu" else 1e-3 * np.abs(whole).max()
         if whole.shape != pieces.shape or not np.allclose(whole, pieces, rtol=0, atol=rounding):
@@ -116,7 +118,7 @@ def split(images_BHWC: NDArray[np.uint8], *, threads: int, most: int) -> Sequenc
     """
     count = len(images_BHWC)
     busiest = -(-count // threads)
-    if busiest < 2 or 1 - count / (threads * busiest) > _MOST_IDLE:
+    if busiest < _LEAST or 1 - count / (threads * busiest) > _MOST_IDLE:
         return [images_BHWC]
     number = min(threads * -(-busiest // most), count)
     smaller, larger = divmod(count, number)

@@ -171,14 +171,17 @@ def test_a_file_that_is_broken_is_reported_by_what_opens_it(tmp_path: Path) -> N
 # ---------------------------------------------------------------------- threads and memory
 
 
-def test_one_thread_computes_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_or_many_for_small_batches_compute_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_model(tmp_path)
     model = Repository(tmp_path).read("tiny")
     assert isinstance(open_network(model, CPU, RuntimeOptions(threads=1)), Whole)
     monkeypatch.setattr(network, "cores", lambda: 1)
     assert isinstance(open_network(model, CPU, RuntimeOptions()), Whole)
     monkeypatch.setattr(network, "cores", lambda: 3)
-    halves = open_network(model, CPU, RuntimeOptions())
+    assert isinstance(open_network(model, CPU, RuntimeOptions(max_batch=5)), Whole)
+    halves = open_network(model, CPU, RuntimeOptions(max_batch=6))
     assert isinstance(halves, TwoHalves)
     sessions = (halves._together, halves._alone, halves._dense)
     assert [each.get_session_options().intra_op_num_threads for each in sessions] == [3, 1, 3]

@@ -52,8 +52,8 @@ def filled(least_per_s: float, longest_s: float) -> Iterator[Harness]:
 
 @pytest.fixture
 def full() -> Iterator[Harness]:
-    """Pauses of up to half a second."""
-    with filled(1.0, 0.5) as server:
+    """Pauses of up to a second."""
+    with filled(1.0, 1.0) as server:
         yield server
 
 
@@ -77,10 +77,10 @@ def connect(server: Harness) -> http.client.HTTPConnection:
 def test_the_refusal_is_quick_and_the_next_request_of_its_connection_waits(full: Harness) -> None:
     hasty, other = connect(full), connect(full)
     status, seconds = ask(hasty)
-    assert (status, seconds < 0.2) == (429, True)
+    assert (status, seconds < 0.5) == (429, True)
     eventually(lambda: paused(full))
     status, seconds = ask(hasty)
-    assert (status, seconds > 0.3) == (429, True)
+    assert (status, seconds > 0.7) == (429, True)
     other.request("GET", "/healthz")
     assert json.loads(other.getresponse().read())["status"] == "alive"
     # After the pause the connection serves as ever.
@@ -88,7 +88,7 @@ def test_the_refusal_is_quick_and_the_next_request_of_its_connection_waits(full:
     eventually(lambda: full.application.admission.images == 0)
     assert ask(hasty)[0] == 200
     status, seconds = ask(hasty)
-    assert (status, seconds < 0.2) == (200, True)
+    assert (status, seconds < 0.5) == (200, True)
     hasty.close()
     other.close()
 

@@ -61,14 +61,15 @@ def test_a_batch_that_failed_is_not_waited_for() -> None:
 
 
 def test_a_hung_batch_does_not_stop_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Turns, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(Turns, "PATIENCE_S", 0.5)
     turns = Turns()
     with turns.computing():
         begun = time.monotonic()
         turns.wait()
-        assert time.monotonic() - begun >= 0.09
+        assert time.monotonic() - begun >= 0.45
+        begun = time.monotonic()
         turns.wait()  # and not again by every image
-        assert time.monotonic() - begun < 0.2
+        assert time.monotonic() - begun < 0.4
 
 
 def test_an_image_is_not_decoded_while_a_batch_computes(threads: ThreadPoolExecutor) -> None:
