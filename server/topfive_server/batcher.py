@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _LINGER_S: Final = 0.003
 """Most seconds that an engine that has just finished waits for those it has answered to come back."""
+_PROMPT_S: Final = 0.02
+"""Seconds after a batch within which those whom it answered come back, if they are clients in a loop."""
 _SURELY: Final = 0.8
 """Share of the predicted time that a batch will surely take."""
 
@@ -79,7 +81,7 @@ class Arrival:
         """It is there, or no longer waited for."""
         if self._batcher is not None:
             self._timer.cancel()
-            self._batcher.withdraw(self._priority)
+            self._batcher.arrived(self._priority)
             self._batcher = None
 
 
@@ -122,6 +124,8 @@ class Batcher:
         """When the engine last finished a batch."""
         self._answered = self._come = 0
         """Images of that batch, and those that have been handed in since."""
+        self._arriving = 0
+        """Requests; each is expected as one image."""
         self._lone: LoneImage | None = None
         """The image that has the engine to itself, unless others come while it is decoded."""
         self._loop = asyncio.get_running_loop()
@@ -136,8 +140,14 @@ class Batcher:
 
     def arriving(self, priority: Priority) -> "Arrival":
         """A request has begun to arrive; it is waited for like an image being decoded, but not if it is slow."""
+        self._arriving += 1
         self.expect(priority)
         return Arrival(self, priority, self._loop, self._max_delay_s)
+
+    def arrived(self, priority: Priority) -> None:
+        """It has; each of its images is expected by itself by now."""
+        self._arriving -= 1
+        self.withdraw(priority)
 
     def expect(self, priority: Priority) -> None:
         """An image is going to be decoded."""
@@ -158,7 +168,8 @@ class Batcher:
         """Whether the engine has nothing to do but for what has arrived, nobody else is coming, and it can decode."""
         others = self.expected - arrival.counts_for(self)
         idle = not others and not self._queue and not self._computing and not self.dead_because
-        return idle and self._decoding_engine is not None
+        follow = self._answered > 1 and monotonic() - self._free_since < _PROMPT_S
+        return idle and not follow and self._decoding_engine is not None
 
     def compute_lone(
         self, job: Job, decode: Callable[[], Outcome], decoded: Callable[[Job, Outcome], None]
@@ -295,11 +306,13 @@ class Batcher:
         decoding. Somebody who just misses the batch waits until it is done, so that is as long as the batch may be
         kept for him. A device of its own would idle, which pays only for as long as one batch less saves.
 
-        What decoding a full batch takes is not waiting, where nothing is decoded while a batch computes.
+        What decoding takes is not waiting, where nothing is decoded while a batch computes: neither for those who have come
+        since the last one nor for those who are still to be decoded.
         """
-        times = self.times
-        patience_s = self._max_delay_s + self.max_batch * self._decode_s()
-        return min(patience_s, times.predict(images) if self._shares_cores else times.fixed)
+        undecoded = self.expected - self._arriving
+        decoding_s = min(self._come + undecoded, self.max_batch) * self._decode_s()
+        worth_s = self.times.predict(images) if self._shares_cores else self.times.fixed
+        return min(decoding_s + worth_s, self.max_batch * self._decode_s() + self._max_delay_s)
 
     def _take(self, free_at: float) -> list[Job]:
         """Up to `max_batch` images that somebody still waits for."""

@@ -3,8 +3,9 @@
 Threads that share an operator wait for each other at every layer, and whatever interrupts one of them keeps them all. So
 of a large enough batch each core computes pieces of its own through all convolutional layers: an image at a time in fp32,
 whose numbers stay in the core's caches from one layer to the next. The dense layers take all images at once, on all cores,
-since reading their weights takes longer than using them (`cut`). In ratio to all cores sharing every layer that is 0.93 to
-0.96 of the time for batches of 8 to 32 on two cores, in every precision (docs/lab-notes.md).
+since reading their weights takes longer than using them (`cut`). In ratio to all cores sharing every layer, on two of them:
+0.93 to 0.97 of the time for batches of 16 and 32, and 1.05 to 1.09 times as many images a second while photographs are
+decoded as well (`benchmarks/engine.py`).
 
 Shapes: B images of the batch, H and W pixels.
 """

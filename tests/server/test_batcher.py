@@ -212,6 +212,27 @@ def test_a_batch_is_kept_for_others_only_for_as_long_as_it_takes() -> None:
     on_loop(test)
 
 
+def test_what_decoding_takes_is_not_waiting_where_it_takes_turns_with_the_engine() -> None:
+    async def test() -> None:
+        info = dataclasses.replace(make_info(max_batch=4), takes_turns=True)
+        batcher = Bench(FakeEngine(info), max_delay_s=0.5, decode_s=lambda: 0.1).batcher
+        batcher.times.calibrate([(1, 0.2), (4, 0.8)])
+        assert batcher._window_s(1) == pytest.approx(0.2)
+        arrival = batcher.arriving("interactive")
+        assert batcher._window_s(1) == pytest.approx(0.2), "whoever sends slowly is waited for no longer"
+        batcher.expect("interactive")
+        arrival.end()
+        assert batcher._window_s(1) == pytest.approx(0.3), "he is being decoded now"
+        batcher._come = 2
+        assert batcher._window_s(2) == pytest.approx(0.7), "those who were decoded before him as well"
+        batcher._come = 20
+        assert batcher._window_s(2) == pytest.approx(0.8), "a full batch at most"
+        assert batcher._window_s(4) == pytest.approx(0.9), "the decoding of a full batch, and max_delay_s"
+        batcher.withdraw("interactive")
+
+    on_loop(test)
+
+
 def test_a_full_batch_does_not_wait_for_the_window() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(make_info(max_batch=2)), max_delay_s=1000)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,6 +109,30 @@ def test_others_who_come_while_it_is_decoded_are_computed_with_it() -> None:
         assert bench.engine.batches == [[7, 8]]
         await settle()
         assert bench.idle
+
+    on_loop(test)
+
+
+def test_the_first_who_comes_back_after_a_batch_is_not_alone() -> None:
+    async def test() -> None:
+        bench = LoneBench(FakeEngine())
+        batcher = bench.batcher
+
+        def alone() -> bool:
+            arrival = batcher.arriving("interactive")
+            found = batcher.is_alone(arrival)
+            arrival.end()
+            return found
+
+        await bench.send(1).answer
+        await settle()
+        assert alone(), "of one nobody else can come back"
+        await asyncio.gather(*(bench.send(red).answer for red in (2, 3)))
+        await settle()
+        assert bench.engine.batches == [[1], [2, 3]]
+        assert not alone()
+        await asyncio.sleep(0.03)
+        assert alone()
 
     on_loop(test)
 
@@ -405,6 +430,7 @@ def test_images_that_come_together_are_not_alone(monkeypatch: pytest.MonkeyPatch
     with serving() as server:
         assert send_files(server, ("a.png", picture(1)), ("b.png", picture(2))).classes == [1, 2]
         assert lone == []
+        time.sleep(0.05)  # until nobody is expected to come back
         assert send_files(server, ("a.png", picture(3))).classes == [3]
         assert lone == [1]
 
