@@ -19,6 +19,7 @@ INTERNAL = {
     "topfive_server.oip_codec.ProtocolError",
     "topfive_server.receive.ClientGoneError",
     # Become another error, or a row of the results, where they are caught.
+    "topfive_server.cut.CutError",
     "topfive_server.onnx_header.OnnxHeaderError",
     "topfive.scoring._sources.ReadError",
     "topfive_training.run._InterruptedError",
