@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.server.onnx_models import random_images, write_model
 from tests.server.test_onnx_engine import check, open_engine
 
+from topfive_server import cut as cut_module
 from topfive_server import network
 from topfive_server.cut import CutError, cut
 from topfive_server.devices import Device
@@ -60,10 +61,12 @@ def test_pieces_are_the_batch_in_order_and_keep_every_thread_busy(
         (31, 2, 4, [4] * 7 + [3]),
         (4, 2, 4, [2, 2]),
         (3, 2, 1, [3]),  # too few
+        (2, 2, 1, [2]),
         (9, 2, 1, [9]),  # one of two threads would have nothing to do for a tenth of the time
         (32, 16, 1, [1] * 32),
         (33, 16, 1, [33]),
         (32, 64, 1, [32]),
+        (32, 32, 1, [32]),
         (32, 1, 1, [1] * 32),
     ],
 )
@@ -149,6 +152,18 @@ def test_what_cannot_be_cut_is_computed_as_a_whole(
     assert isinstance(whole, Whole)
     assert caplog.messages == [f"tiny/1 is computed as a whole: {because}"]
     assert len(whole(np.stack(random_images(6))).classes_BT) == 6
+
+
+def test_large_weights_are_handed_over_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_module, "_LARGE", 64)
+    path = write_model(tmp_path)
+    halves = cut(path, OUTPUTS)
+    assert ([*halves.convolutional.weights], [*halves.dense.weights]) == ([], ["W"])
+    assert len(halves.dense.model) < path.stat().st_size
+    opened = open_network(Repository(tmp_path).read("tiny"), CPU, TWO)
+    assert isinstance(opened, TwoHalves)
+    images = random_images(5)
+    check(opened(np.stack(images)), images)
 
 
 def test_a_network_whose_weights_are_in_other_files_is_not_cut(tmp_path: Path) -> None:
