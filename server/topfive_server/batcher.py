@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from topfive_server.admission import Loops
 from topfive_server.decode_pool import Outcome
 from topfive_server.engine import (
     DecodingEngine,
@@ -42,8 +43,6 @@ log = logging.getLogger(__name__)
 
 _LINGER_S: Final = 0.003
 """Most seconds that an engine that has just finished waits for those it has answered to come back."""
-_PROMPT_S: Final = 0.02
-"""Seconds after a batch within which those whom it answered come back, if they are clients in a loop."""
 _SURELY: Final = 0.8
 """Share of the predicted time that a batch will surely take."""
 
@@ -168,7 +167,8 @@ class Batcher:
         """Whether the engine has nothing to do but for what has arrived, nobody else is coming, and it can decode."""
         others = self.expected - arrival.counts_for(self)
         idle = not others and not self._queue and not self._computing and not self.dead_because
-        follow = self._answered > 1 and monotonic() - self._free_since < _PROMPT_S
+        # Of several who have just been answered, the first to ask again is followed by the others.
+        follow = self._answered > 1 and monotonic() - self._free_since < Loops.PROMPT_S
         return idle and not follow and self._decoding_engine is not None
 
     def compute_lone(
@@ -309,10 +309,11 @@ class Batcher:
         What decoding takes is not waiting, where nothing is decoded while a batch computes: neither for those who have come
         since the last one nor for those who are still to be decoded.
         """
+        decode_s = self._decode_s()
         undecoded = self.expected - self._arriving
-        decoding_s = min(self._come + undecoded, self.max_batch) * self._decode_s()
+        decoding_s = min(self._come + undecoded, self.max_batch) * decode_s
         worth_s = self.times.predict(images) if self._shares_cores else self.times.fixed
-        return min(decoding_s + worth_s, self.max_batch * self._decode_s() + self._max_delay_s)
+        return min(decoding_s + worth_s, self.max_batch * decode_s + self._max_delay_s)
 
     def _take(self, free_at: float) -> list[Job]:
         """Up to `max_batch` images that somebody still waits for."""

@@ -15,18 +15,20 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from topfive_server.cut import CutError, Halves, cut
 from topfive_server.devices import Device, cores
-from topfive_server.engine import Predictions
+from topfive_server.engine import EngineError, Predictions
 from topfive_server.lanes import INPUT, OUTPUTS, Network
 from topfive_server.repository import ModelVersion
 from topfive_server.session import RuntimeOptions, one_line, open_session
+
+if TYPE_CHECKING:
+    from topfive_server.cut import Halves
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ def open_network(model: ModelVersion, device: Device, options: RuntimeOptions) -
     """
     threads = options.threads or cores()
     if 1 < threads <= options.batch_limit(device) // _LEAST:
+        # It imports `onnx`: 0.1 s and 12 MiB that a GPU, and a process of one thread, do without.
+        from topfive_server.cut import cut  # noqa: PLC0415
+
         try:
             return TwoHalves(model, device, replace(options, threads=threads), cut(model.path, OUTPUTS))
         except Exception as error:  # noqa: BLE001  where the file is at fault, opening it says so better
@@ -67,12 +72,14 @@ class Whole:
 class TwoHalves:
     """The convolutional layers in pieces of the batch, a thread for each; the dense layers as `Whole`."""
 
-    def __init__(self, model: ModelVersion, device: Device, options: RuntimeOptions, halves: Halves) -> None:
+    def __init__(
+        self, model: ModelVersion, device: Device, options: RuntimeOptions, halves: "Halves"
+    ) -> None:
         """Open both halves.
 
         Raises:
-            CutError: pieces do not give what the batch gives as a whole.
-            DeviceError, EngineError: as `open_session`.
+            EngineError: pieces do not give what the batch gives as a whole; or as `open_session`.
+            DeviceError: as `open_session`.
         """
         self._threads = options.threads
         self._most = max(_PIECE_BYTES // halves.item_bytes, 1)
@@ -109,7 +116,7 @@ class TwoHalves:
         whole, pieces = self._run(self._together, images), self._convolve(images)
         rounding = 1 if whole.dtype.kind in "iu" else 1e-3 * np.abs(whole).max()
         if whole.shape != pieces.shape or not np.allclose(whole, pieces, rtol=0, atol=rounding):
-            raise CutError("its images are not computed independently of each other")
+            raise EngineError("its images are not computed independently of each other")
 
 
 def split(images_BHWC: NDArray[np.uint8], *, threads: int, most: int) -> Sequence[NDArray[np.uint8]]:

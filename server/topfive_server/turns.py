@@ -1,8 +1,9 @@
 """Decoding and a processor's arithmetic take turns on the same cores.
 
-The threads of a batch wait for each other at every layer. One that has to share its core with a decoder keeps them all
+Threads that share a layer wait for each other at its end. One that has to share its core with a decoder keeps them all
 waiting, spinning, so that what the decoder gains is lost twice. While a batch computes on all cores, no further image is
-decoded: 3-6 % more requests a second at 16 and 64 connections, on two cores (docs/lab-notes.md).
+decoded: 3-6 % more requests a second at 16 and 64 connections, on two cores. Where each thread takes pieces of the batch
+(`network`) decoders beside them gave no fewer, but later answers (docs/lab-notes.md).
 """
 
 import contextlib
