@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -169,7 +170,7 @@ def _images(tensor: Mapping[str, Any], binary: bytes, interface: Interface) -> N
         raise ProtocolError(f"input '{name}' must set 'data', or 'binary_data_size' in its parameters")
     if binary:
         raise ProtocolError(f"unexpected additional input data for model '{model}'")
-    return _json_images(tensor["data"], expected).reshape(shape)
+    return _json_images(tensor["data"], expected, depth=len(shape)).reshape(shape)
 
 
 def _binary_images(
@@ -190,18 +191,24 @@ def _binary_images(
     return np.frombuffer(binary, np.uint8)
 
 
-def _json_images(data: Any, expected: int) -> NDArray[np.uint8]:
-    try:
-        numbers = np.asarray(data)
-    except ValueError:  # nested unevenly
-        numbers = np.empty(0)
-    if numbers.dtype.kind not in "iu" or numbers.size != expected:
+def _json_images(data: Any, expected: int, *, depth: int) -> NDArray[np.uint8]:
+    """Whole numbers in a list, or in lists up to `depth` deep, each as long as its neighbours.
+
+    NumPy sees them last: of a list of texts it would make an array in which each is as long as the longest.
+    """
+    for _ in range(depth - 1):
+        if not isinstance(data, list) or set(map(type, data)) != {list}:
+            break
+        lengths = set(map(len, data))
+        data = [*chain.from_iterable(data)] if len(lengths) == 1 else []
+    if not isinstance(data, list) or len(data) != expected or set(map(type, data)) != {int}:
         raise ProtocolError(
             f"Unable to parse 'data': it must hold {expected} whole numbers, flat or nested as the shape"
         )
-    if numbers.min() < 0 or numbers.max() > 255:
-        raise ProtocolError("Unable to parse 'data': UINT8 values must be between 0 and 255")
-    return numbers.astype(np.uint8)
+    try:
+        return np.frombuffer(bytes(data), np.uint8)
+    except ValueError:
+        raise ProtocolError("Unable to parse 'data': UINT8 values must be between 0 and 255") from None
 
 
 def _outputs(

@@ -11,7 +11,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
-import numpy as np
 from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
@@ -250,7 +249,7 @@ def _as_header(message: Any) -> dict[str, Any]:
         if raw:
             record["parameters"]["binary_data_size"] = sum(map(len, message.raw_input_contents))
         else:
-            record["data"] = np.array(tensor.contents.uint_contents, np.int64)
+            record["data"] = list(tensor.contents.uint_contents)
         inputs.append(record)
     outputs = [
         {"name": output.name, "parameters": {**_parameters(output.parameters), "binary_data": True}}

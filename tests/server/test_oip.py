@@ -6,6 +6,7 @@ import http.client
 import json
 import subprocess
 import textwrap
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -257,6 +258,12 @@ DATA = [0] * (CROP * CROP * 3)
         ({"inputs": [IMAGE | {"data": [*DATA[:-1], 0.5]}]}, "'data'"),
         ({"inputs": [IMAGE | {"data": [*DATA[:-1], "1"]}]}, "'data'"),
         ({"inputs": [IMAGE | {"data": [*DATA[:-1], [1]]}]}, "'data'"),
+        ({"inputs": [IMAGE | {"data": [*DATA[:-1], True]}]}, "must hold 768 whole numbers"),
+        ({"inputs": [IMAGE | {"data": [*DATA[:-1], float("nan")]}]}, "must hold 768 whole numbers"),
+        ({"inputs": [IMAGE | {"data": [[0] * 400, [0] * 368]}]}, "must hold 768 whole numbers"),
+        ({"inputs": [IMAGE | {"data": [[[[DATA]]]]}]}, "must hold 768 whole numbers"),
+        ({"inputs": [IMAGE | {"data": [[[]] * 1000]}]}, "must hold 768 whole numbers"),
+        ({"inputs": [IMAGE | {"data": {}}]}, "must hold 768 whole numbers"),
         (
             {"inputs": [IMAGE | {"data": DATA}], "outputs": [{"name": "NOPE"}]},
             "unexpected inference output 'NOPE'",
@@ -287,6 +294,19 @@ def test_a_clients_mistake_is_a_400_with_a_sentence(server: Harness, body: Any, 
     reply = server.request("POST", INFER, body if isinstance(body, bytes) else json.dumps(body))
     assert (reply.status, list(reply.json)) == (400, ["error"])
     assert sentence in reply.json["error"]
+
+
+def test_texts_where_numbers_belong_take_no_memory() -> None:
+    """NumPy's array of texts has room for the longest in each place."""
+    data = ["x" * 2_000, *[""] * 60_000]
+    body = json.dumps({"inputs": [IMAGE | {"data": data}]}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="whole numbers"):
+            parse_request(body, None, INTERFACE)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
