@@ -57,7 +57,7 @@ class ServerConfig:
     max_images: int = 64
     """Images in one multipart request; more get 413."""
     max_header_bytes: int = 64 * 1024
-    """Bytes of the request line and headers; more get 431."""
+    """Bytes of the request line and headers, and as many of trailers; more get 431."""
 
     header_timeout_s: float = 10.0
     """Seconds that a connection may take to send a request's headers; then 408 and the connection is closed."""

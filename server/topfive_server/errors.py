@@ -160,7 +160,7 @@ class DeadlineUnreachableError(RequestError):
 
 
 class HeadersTooLargeError(RequestError):
-    """The request line and headers exceed their limit (RFC 6585 section 5)."""
+    """The request line and headers, or the trailers, exceed their limit (RFC 6585 section 5)."""
 
     status = 431
     code = "headers-too-large"

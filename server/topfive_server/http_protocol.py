@@ -1,6 +1,8 @@
 """Uvicorn's HTTP/1.1 protocol with what it lacks.
 
 * Limits on the time and the size of headers, and a lossless goodbye; an idle connection ends whatever drips in.
+* Trailers are counted and dropped: appended to the headers, as uvicorn does it, they would replace them.
+* What is wrong with a request is never said in the place of an earlier one's answer.
 * An answer leaves in one piece: uvicorn writes its head and its body by themselves, which costs a second system call.
 * A connection is not read from for a moment where the application says so.
 * A request knows how long ago its connection was answered, where the application wants to know.
@@ -64,11 +66,16 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._header_timer: asyncio.TimerHandle | None = None
-        self._header_bytes = 0
+        self._bytes_besides = 0
+        """Come since the request began or since the last of its body: headers, trailers, the framing of chunks."""
         self._reading_headers = False
         self._begun = False
         self._leaving = False
         self._message_complete = False
+        self._answering: RequestResponseCycle | None = None
+        """The request that the application has, or had last; `cycle` may be a later one, which waits in `pipeline`."""
+        self._deaf = False
+        """Whether what comes is ignored, because the connection ends with the answers that are due."""
         self._pause: asyncio.TimerHandle | None = None
         self._answered_at: float | None = None
         """When the last request was answered, if that is to be remembered."""
@@ -86,9 +93,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count what comes before the end of the headers."""
-        if self._reading_headers:
-            self._header_bytes += len(data)
+        """Count what comes before the end of the headers, and behind the body."""
+        if self._deaf:
+            return
+        self._bytes_besides += len(data)
         # Uvicorn stops the clock of an idle connection at every byte, also at what is left of a body that was answered
         # before its end; nothing would ever start it again. Out of its sight, it goes on until a request begins.
         idle_timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
@@ -98,7 +106,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.timeout_keep_alive_task = idle_timer
             else:
                 idle_timer.cancel()
-        if self._reading_headers and self._header_bytes > self.limits.max_header_bytes:
+        if self._bytes_besides > self.limits.max_header_bytes:
             self._refuse(self._too_large())
 
     def on_message_begin(self) -> None:
@@ -109,15 +117,21 @@ class GuardedProtocol(HttpToolsProtocol):
         self._begun = True
         self._message_complete = False
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; drop a trailer, which must not be taken for one (RFC 9110 section 6.5.1)."""
+        if self._reading_headers:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Stop the clock, and hand the request on unless its headers are too large."""
         self._stop_timer()
-        self._reading_headers = False
+        self._bytes_besides = 0
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.limits.max_header_bytes:
             self._refuse(self._too_large())
             return
-        if self.transport.is_closing():
+        self._reading_headers = False
+        if self._deaf or self.transport.is_closing():
             return
         super().on_headers_complete()
         self._chunks = None
@@ -130,7 +144,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Hand the body on; ignore that of a request that was refused."""
-        if self._idle():
+        self._bytes_besides = 0
+        if self._deaf or self._idle():
             return
         if self._chunks is None:
             super().on_body(body)
@@ -149,7 +164,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it."""
-        self._answered_at = self.loop.time() if self.cycle.scope.get(ANSWERED) else None
+        assert self._answering is not None  # noqa: S101  it is what was answered
+        self._answered_at = self.loop.time() if self._answering.scope.get(ANSWERED) else None
         super().on_response_complete()
         self._begin_pause()
 
@@ -165,6 +181,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP with a problem document like every other error."""
         self._refuse(BadRequestError(f"this is not a valid HTTP/1.1 request ({msg.rstrip('.')})"))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Remember which request the application has."""
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _begin_pause(self) -> None:
         """Read nothing for a while, where the answer says so, once it is out and what it answers is in."""
@@ -194,7 +215,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _expect_headers(self) -> None:
         self._reading_headers = True
         self._begun = False
-        self._header_bytes = 0
+        self._bytes_besides = 0
         self._stop_timer()
         self._header_timer = self.loop.call_later(self.limits.header_timeout_s, self._headers_too_slow)
 
@@ -214,21 +235,34 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _too_large(self) -> HeadersTooLargeError:
         limit = self.limits.max_header_bytes
-        return HeadersTooLargeError(f"the request line and headers have more than {limit:,} bytes, the limit")
+        return HeadersTooLargeError(f"the request line and headers, or the trailers, have more than {limit:,} bytes")
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer below the application, and close."""
+        """Answer below the application, and close; but what came before is answered first, and then nothing more."""
         self._stop_timer()
+        has_cycle = not self._reading_headers and not self._message_complete  # it is wrong behind its headers
         self._reading_headers = False
-        if self.transport.is_closing():
+        if self._deaf or self.transport.is_closing():
             return
+        if has_cycle and self.pipeline:
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._answering  # type: ignore[assignment]
+            has_cycle = False
+        if not has_cycle and not self._idle():
+            self.cycle.keep_alive = False
+            self._deaf = True
+            return
+        if not has_cycle or not self.cycle.response_started:
+            self._answer(error)
+        self.transport.close()
+
+    def _answer(self, error: RequestError) -> None:
         body = json.dumps(error.problem()).encode()
         head = (
             b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
             % len(body)
         )
         self.transport.write(STATUS_LINE[error.status] + head + body)
-        self.transport.close()
 
 
 def guarded(limits: ServerConfig) -> type[GuardedProtocol]:

@@ -106,9 +106,13 @@ def chunked(body: bytes, dice: random.Random) -> bytes:
         extension = b"" if dice.random() < 0.9 else b";a=" + dice.randbytes(3)
         out += b"%x%b\r\n%b\r\n" % (said, extension, body[:size])
         body = body[size:]
-    return out + dice.choice(
-        (b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\nTrailer: x\r\n\r\n", b"0\r\n", b"-1\r\n\r\n", b"")
-    )
+    return out + dice.choice((b"0\r\n\r\n", b"0\r\n" + trailers(dice), b"0\r\n", b"-1\r\n\r\n", b""))
+
+
+def trailers(dice: random.Random) -> bytes:
+    """What may follow the last chunk: any fields at all, and now and then more of them than headers may be large."""
+    fields = dice.sample(_FIELDS, dice.randint(0, 4)) * dice.choice((1, 1, 1, 3000))
+    return b"\r\n".join([*fields, b"", b""])
 
 
 def request(dice: random.Random) -> bytes:

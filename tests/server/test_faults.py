@@ -1,6 +1,7 @@
 """Faults injected for real: raw sockets that send nonsense, too much, too little, too slowly, or leave."""
 
 import gzip
+import re
 import resource
 import socket
 import struct
@@ -91,6 +92,55 @@ def test_no_content_length_is_an_empty_body(server: Harness) -> None:
 def test_huge_headers(server: Harness, head: bytes) -> None:
     reply = server.raw(head)
     assert (reply.status, reply.code) == (431, "headers-too-large")
+
+
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize("trailer", [b"x-priority: nonsense", b"X-Timeout-Ms: 0", b"content-encoding: br"])
+def test_a_trailer_is_no_header(server: Harness, trailer: bytes) -> None:
+    image = picture(17)
+    chunk = b"%x\r\n%b\r\n" % (len(image), image)
+    # The last chunk comes by itself, for the request is begun before its trailers are here.
+    with server.connect() as connection:
+        connection.sendall(CHUNKED + b"\r\n" + chunk)
+        eventually(lambda: server.application.admission.bytes == len(image))
+        connection.sendall(b"0\r\n" + trailer + b"\r\n\r\n")
+        assert read_reply(connection).classes == [17]
+    assert server.raw(CHUNKED + b"\r\n" + chunk + b"0\r\n" + trailer + b"\r\n\r\n").classes == [17]
+
+
+@pytest.mark.parametrize("piece", [b"a: b\r\n", b"x"], ids=["many fields", "one endless field"])
+@pytest.mark.parametrize("answered", [False, True])
+def test_endless_trailers_end_the_connection(server: Harness, piece: bytes, answered: bool) -> None:
+    with server.connect() as connection:
+        # To the second there is no parameter `none`, which is said before the body comes.
+        path = b"/v1/classify?none=1" if answered else b"/v1/classify"
+        connection.sendall(CHUNKED.replace(b"/v1/classify", path) + b"\r\n1\r\nx\r\n")
+        if answered:
+            assert read_reply(connection).status == 400
+        else:
+            eventually(lambda: server.application.admission.bytes == 1)
+        connection.sendall(b"0\r\n")
+        held = piece * (50_000 // len(piece))
+        sent = 0
+        try:
+            while sent < 5_000_000:
+                connection.sendall(held)
+                sent += len(held)
+        except OSError:
+            pass  # the server has closed
+        assert sent < 5_000_000
+
+
+def test_trailers_too_large_are_told_so(server: Harness) -> None:
+    with server.connect() as connection:
+        connection.sendall(CHUNKED + b"\r\n1\r\nx\r\n")
+        eventually(lambda: server.application.admission.bytes == 1)
+        connection.sendall(b"0\r\n" + b"a: b\r\n" * 1500)
+        reply = read_reply(connection)
+        assert (reply.status, reply.code) == (431, "headers-too-large")
+        assert closed_by_server(connection)
 
 
 def test_slow_headers(server: Harness) -> None:
@@ -214,6 +264,42 @@ def test_pipelined_requests_are_answered_in_order(server: Harness) -> None:
         assert [heads.index(b'"class": %d,' % red) for red in (1, 2, 3)] == sorted(
             heads.index(b'"class": %d,' % red) for red in (1, 2, 3)
         )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost:",  # and no more: it is too slow
+        b"\x00garbage\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nX-Long: " + b"x" * 9000 + b"\r\nContent-Length: 3\r\n\r\nabc",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    ],
+    ids=["slow headers", "garbage", "huge headers", "a broken body"],
+)
+@pytest.mark.parametrize("before", [1, 2])
+def test_the_fault_of_a_pipelined_request_is_not_told_to_those_before_it(fault: bytes, before: int) -> None:
+    with serving(header_timeout_s=0.3, max_header_bytes=8192) as server, server.connect() as connection:
+        server.hold()
+        for red in range(before):
+            body = picture(red)
+            connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        eventually(lambda: server.application.admission.images == 1)
+        connection.sendall(fault)
+        [protocol] = server.server.server_state.connections
+        eventually(lambda: protocol._deaf)  # type: ignore[union-attr]  # it is ours
+        server.release()
+        answers = connection.makefile("rb").read()  # until the server closes
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answers) == [b"200"] * before
+    assert re.findall(rb'"top": \[{"label": "red (\d+)"', answers) == [b"%d" % red for red in range(before)]
+    assert answers.count(b"connection: close") == 1
+
+
+def test_a_fault_behind_an_answer_is_not_answered_too(server: Harness) -> None:
+    with server.connect() as connection:
+        connection.sendall(CHUNKED.replace(b"classify", b"classify?none=1") + b"\r\n1\r\nx\r\n")
+        assert read_reply(connection).status == 400
+        connection.sendall(b"ZZ\r\n")
+        assert closed_by_server(connection)
 
 
 def test_hundreds_of_idle_connections_hurt_nobody(server: Harness) -> None:
