@@ -36,6 +36,7 @@ from topfive_server.receive import (
     Receive,
     Upload,
     declared_length,
+    decompress,
     is_cheap,
     read_body,
     unpack,
@@ -138,7 +139,7 @@ class ClassifyEndpoint:
                 raise DeadlineExceededError(f"the deadline passed: {error.detail}") from None
             raise
         exchange.bytes_in = len(body)
-        uploads = await self._unpack(body, exchange.headers)
+        uploads = await self._unpack(body, exchange.headers, ticket)
         ticket.add_images(len(uploads))
         exchange.images = len(uploads)
         return uploads
@@ -179,11 +180,16 @@ class ClassifyEndpoint:
             )
         return predicted_s
 
-    async def _unpack(self, body: bytes, headers: Mapping[bytes, bytes]) -> list[Upload]:
-        limits = {"max_bytes": self._config.max_body_bytes, "max_images": self._config.max_images}
-        if is_cheap(body, headers):
-            return unpack(body, headers, **limits)
-        return await self._pool.run(lambda: unpack(body, headers, **limits))
+    async def _unpack(self, body: bytes, headers: Mapping[bytes, bytes], ticket: Ticket) -> list[Upload]:
+        """Take the body apart; what it has grown by is taken up, too."""
+
+        def work() -> tuple[int, list[Upload]]:
+            plain = decompress(body, headers, max_bytes=self._config.max_body_bytes)
+            return len(plain), unpack(plain, headers, max_images=self._config.max_images)
+
+        size, uploads = work() if is_cheap(body, headers) else await self._pool.run(work)
+        ticket.add_bytes(size - len(body))
+        return uploads
 
     async def _await_answers(
         self, jobs: Sequence[Job], deadline: float, receive: Receive

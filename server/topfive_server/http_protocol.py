@@ -235,7 +235,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _too_large(self) -> HeadersTooLargeError:
         limit = self.limits.max_header_bytes
-        return HeadersTooLargeError(f"the request line and headers, or the trailers, have more than {limit:,} bytes")
+        return HeadersTooLargeError(
+            f"the request line and headers, or the trailers, have more than {limit:,} bytes"
+        )
 
     def _refuse(self, error: RequestError) -> None:
         """Answer below the application, and close; but what came before is answered first, and then nothing more."""

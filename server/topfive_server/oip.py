@@ -214,20 +214,21 @@ class OpenInference:
         limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
         body = await read_body(receive, exchange.headers, ticket, max_bytes=limit, timeout_s=timeout_s)
         exchange.bytes_in = len(body)
-        request = await self._parse(exchange, body, interface_of(model, self._config))
+        size, request = await self._parse(exchange, body, interface_of(model, self._config))
+        ticket.add_bytes(size - len(body))
         ticket.add_images(len(request.images_NHWC))
         exchange.images = len(request.images_NHWC)
         return request
 
-    async def _parse(self, exchange: Exchange, body: bytes, interface: Interface) -> InferRequest:
+    async def _parse(self, exchange: Exchange, body: bytes, interface: Interface) -> tuple[int, InferRequest]:
+        """The body's size without its content coding, and what it says."""
         header_length = exchange.headers.get(HEADER_LENGTH.encode())
         coding = exchange.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
 
-        def parse() -> InferRequest:
+        def parse() -> tuple[int, InferRequest]:
             plain = _decompress(body, coding, self._config.max_body_bytes)
-            return parse_request(
-                plain, None if header_length is None else header_length.decode("latin-1"), interface
-            )
+            length = None if header_length is None else header_length.decode("latin-1")
+            return len(plain), parse_request(plain, length, interface)
 
         if not coding and len(body) < _CHEAP_BYTES and header_length is not None:
             return parse()

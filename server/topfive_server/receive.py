@@ -29,6 +29,10 @@ CHUNKS: Final = "topfive.chunks"
 """Where the ASGI scope may hold a request's `Chunks`; the `http.request` messages are then empty."""
 MAX_FILENAME: Final = 255
 """Characters of a file name that are kept."""
+_CHEAP_BYTES: Final = 250_000
+"""A multipart body up to this size is taken apart within a millisecond, even one that is all carriage returns."""
+_SMALL: Final = 16 * 1024
+"""Bytes of a piece of a body from which on it is kept as it came."""
 
 
 class ClientGoneError(Exception):
@@ -43,23 +47,35 @@ class Upload(NamedTuple):
 
 
 class Chunks:
-    """What has come of a request's body and was not taken yet."""
+    """Pieces in order, small ones put together: one by one they would take many times the memory of their bytes."""
 
     __slots__ = ("_list", "size")
 
     def __init__(self) -> None:
-        self._list: list[bytes] = []
+        self._list: list[bytes | bytearray] = []
         self.size = 0
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes | bytearray) -> None:
         """A piece has come."""
-        self._list.append(chunk)
         self.size += len(chunk)
+        last = self._list[-1] if self._list else None
+        if last is None or len(last) >= _SMALL or len(chunk) >= _SMALL:
+            if chunk:  # the last message of a body may be empty
+                self._list.append(chunk)
+            return
+        if not isinstance(last, bytearray):
+            last = self._list[-1] = bytearray(last)
+        last += chunk
 
-    def take(self) -> list[bytes]:
+    def take(self) -> list[bytes | bytearray]:
         """All there is."""
         taken, self._list, self.size = self._list, [], 0
         return taken
+
+    def join(self) -> bytes:
+        """All there is, as one; a single piece is not copied."""
+        only = self._list[0] if len(self._list) == 1 else None
+        return only if isinstance(only, bytes) else b"".join(self._list)
 
 
 def declared_length(headers: Mapping[bytes, bytes]) -> int | None:
@@ -96,8 +112,7 @@ async def read_body(
     length = declared_length(headers)
     if length is not None and length > max_bytes:
         raise TooLargeError(f"the body has {length:,} bytes; the limit is {max_bytes:,}")
-    chunks: list[bytes] = []
-    size = 0
+    body = Chunks()
     try:
         async with asyncio.timeout(timeout_s):
             while True:
@@ -105,38 +120,46 @@ async def read_body(
                 if message["type"] != "http.request":
                     raise ClientGoneError
                 for chunk in come.take() if come is not None else [message.get("body", b"")]:
-                    size += len(chunk)
-                    if size > max_bytes:
+                    if body.size + len(chunk) > max_bytes:
                         raise TooLargeError(f"the body has more than {max_bytes:,} bytes, the limit")
                     ticket.add_bytes(len(chunk))
-                    chunks.append(chunk)
+                    body.add(chunk)
                 if not message.get("more_body", False):
                     break
     except TimeoutError:
         of = "" if length is None else f" of {length:,}"
         raise BodyTimeoutError(
-            f"only {size:,}{of} bytes of the body came within {timeout_s:g} seconds"
+            f"only {body.size:,}{of} bytes of the body came within {timeout_s:g} seconds"
         ) from None
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return body.join()
 
 
-def unpack(body: bytes, headers: Mapping[bytes, bytes], *, max_bytes: int, max_images: int) -> list[Upload]:
-    """The images of a complete body: one, or the parts of a multipart form.
+def decompress(body: bytes, headers: Mapping[bytes, bytes], *, max_bytes: int) -> bytes:
+    """The body without its content coding.
 
     Raises:
-        BadRequestError: no body, broken compression or multipart framing, no part.
+        BadRequestError: broken compression.
         UnsupportedImageError: a content coding other than gzip.
         TooLargeError: more than `max_bytes` after decompression.
-        TooManyImagesError: more than `max_images` parts.
     """
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding in {b"gzip", b"x-gzip"}:
-        body = _gunzip(body, max_bytes)
-    elif coding != b"identity":
+        return _gunzip(body, max_bytes)
+    if coding != b"identity":
         name = coding.decode("latin-1")[:40]
         raise UnsupportedImageError(
             f"Content-Encoding {name} is not supported; send gzip, or nothing special"
         )
+    return body
+
+
+def unpack(body: bytes, headers: Mapping[bytes, bytes], *, max_images: int) -> list[Upload]:
+    """The images of a complete, decompressed body: one, or the parts of a multipart form.
+
+    Raises:
+        BadRequestError: no body, broken multipart framing, no part.
+        TooManyImagesError: more than `max_images` parts.
+    """
     if not body:
         raise BadRequestError("the request has no body; send the image as the body, or as multipart files")
     content_type = headers.get(b"content-type", b"")
@@ -146,9 +169,10 @@ def unpack(body: bytes, headers: Mapping[bytes, bytes], *, max_bytes: int, max_i
 
 
 def is_cheap(body: bytes, headers: Mapping[bytes, bytes]) -> bool:
-    """Whether `unpack` takes no more than about a millisecond, so that it may run on the event loop."""
+    """Whether `decompress` and `unpack` take no more than about a millisecond, so that they may run on the event loop."""
     return b"content-encoding" not in headers and (
-        len(body) < 1_000_000 or not headers.get(b"content-type", b"")[:20].lower().startswith(b"multipart/")
+        len(body) < _CHEAP_BYTES
+        or not headers.get(b"content-type", b"")[:20].lower().startswith(b"multipart/")
     )
 
 

@@ -8,7 +8,7 @@ from topfive.model_spec import Preprocessing
 from topfive.preprocessing import FORMATS, ImageError, decode
 from topfive_server.errors import RequestError, from_image_error
 from topfive_server.oip_codec import Interface, ProtocolError, parse_request
-from topfive_server.receive import MAX_FILENAME, unpack
+from topfive_server.receive import MAX_FILENAME, decompress, unpack
 
 _PREPROCESSING: Final = Preprocessing(short_side=20, crop=16)
 _MAX_PIXELS: Final = 1_000_000
@@ -34,14 +34,15 @@ def decode_one(data: bytes) -> None:
 
 
 def unpack_one(data: bytes) -> None:
-    """`unpack` gives uploads within the limits, or raises `RequestError`."""
+    """`decompress` and `unpack` give uploads within the limits, or raise `RequestError`."""
     content_type, _, rest = data.partition(b"\n")
     coding, _, body = rest.partition(b"\n")
     headers = {b"content-type": content_type}
     if coding:
         headers[b"content-encoding"] = coding
     try:
-        uploads = unpack(body, headers, max_bytes=_MAX_BYTES, max_images=_MAX_IMAGES)
+        plain = decompress(body, headers, max_bytes=_MAX_BYTES)
+        uploads = unpack(plain, headers, max_images=_MAX_IMAGES)
     except RequestError as error:
         check_answer(error)
     else:
@@ -71,7 +72,7 @@ def text_parts(data: bytes) -> None:
         + b"\r\n--%b--\r\n" % boundary
     )
     headers = {b"content-type": b"multipart/form-data; boundary=" + boundary}
-    uploads = unpack(body, headers, max_bytes=len(body), max_images=2)
+    uploads = unpack(body, headers, max_images=2)
     assert [bytes(upload.data) for upload in uploads] == parts
     assert [upload.filename for upload in uploads] == ["0", "1"]
 

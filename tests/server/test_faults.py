@@ -1,6 +1,9 @@
 """Faults injected for real: raw sockets that send nonsense, too much, too little, too slowly, or leave."""
 
+import asyncio
+import contextlib
 import gzip
+import json
 import re
 import resource
 import socket
@@ -12,12 +15,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.server.fakes import FakeEngine, picture
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.server.fakes import CROP, FakeEngine, picture
 from tests.server.harness import Harness, eventually, read_reply, serving
 
 from topfive.preprocessing import decode
+from topfive_server.admission import Admission
 from topfive_server.errors import TooLargeError
-from topfive_server.receive import unpack
+from topfive_server.receive import Chunks, decompress, read_body
 
 POST = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
 
@@ -217,15 +223,95 @@ def test_tens_of_thousands_of_tiny_chunks(server: Harness) -> None:
     assert reply.classes == [9]
 
 
+@contextlib.contextmanager
+def memory(most: int) -> Iterator[None]:
+    """Fails where more bytes than that are allocated at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+def test_tiny_chunks_take_the_memory_of_their_bytes() -> None:
+    size = 200_000
+    with serving() as server, server.connect() as connection:
+        connection.sendall(CHUNKED + b"\r\n2\r\nab\r\n")
+        eventually(lambda: server.application.admission.bytes == 2)
+        with memory(5 * size):
+            for _ in range(size // 2000):
+                connection.sendall(b"2\r\nab\r\n" * 1000)
+            eventually(lambda: server.application.admission.bytes == size + 2)
+
+
+def test_a_body_of_many_messages_takes_the_memory_of_its_bytes() -> None:
+    size = 200_000
+    left = size
+
+    async def receive() -> dict[str, object]:
+        nonlocal left
+        left -= 2
+        return {"type": "http.request", "body": b"%c%c" % (left % 251, left % 241), "more_body": left > 0}
+
+    ticket = Admission(max_images=1, max_bytes=size).ticket(lambda: 0.0)
+    with memory(5 * size):
+        body = asyncio.run(read_body(receive, {}, ticket, max_bytes=size, timeout_s=60.0))
+    assert body == b"".join(b"%c%c" % (n % 251, n % 241) for n in range(size - 2, -1, -2))
+
+
+@given(sizes=st.lists(st.sampled_from([0, 1, 5, 16_383, 16_384, 40_000]), max_size=12))
+def test_pieces_are_put_together_in_order(sizes: list[int]) -> None:
+    pieces = [bytes([number]) * size for number, size in enumerate(sizes)]
+    chunks = Chunks()
+    for piece in pieces:
+        chunks.add(piece)
+    assert chunks.size == sum(sizes)
+    assert chunks.join() == b"".join(pieces)
+    assert b"".join(chunks.take()) == b"".join(pieces)
+    assert (chunks.size, chunks.join()) == (0, b"")
+    assert pieces == [bytes([number]) * size for number, size in enumerate(sizes)]
+
+
+def test_a_body_of_one_piece_is_not_copied() -> None:
+    chunks = Chunks()
+    chunks.add(piece := bytes(100))
+    assert chunks.join() is piece
+
+
 def test_a_gzip_bomb_is_not_held_in_memory_before_it_is_refused() -> None:
     bomb = gzip.compress(bytes(100_000_000))
     tracemalloc.start()
     try:
         with pytest.raises(TooLargeError, match="after decompression"):
-            unpack(bomb, {b"content-encoding": b"gzip"}, max_bytes=1_000_000, max_images=1)
+            decompress(bomb, {b"content-encoding": b"gzip"}, max_bytes=1_000_000)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/fake/infer"])
+def test_a_compressed_body_takes_up_what_it_unpacks_to(path: str) -> None:
+    image = picture(5) + bytes(1_000_000)  # what follows a PNG is ignored
+    head = {"name": "image", "shape": [1, CROP, CROP, 3], "datatype": "UINT8"}
+    if path != "/v1/classify":
+        image = json.dumps({"inputs": [head | {"data": [0] * CROP * CROP * 3}]}).encode() + b" " * 1_000_000
+    body, headers = gzip.compress(image), {"Content-Encoding": "gzip"}
+    assert len(body) < 10_000
+    most = len(image) + 100_000
+    with (
+        serving(max_queue_bytes=most, max_body_bytes=most) as server,
+        ThreadPoolExecutor() as threads,
+    ):
+        server.hold()
+        first = threads.submit(server.request, "POST", path, body, headers)
+        eventually(lambda: server.engine.seen != [])
+        assert server.application.admission.bytes == len(image)
+        assert server.request("POST", path, body, headers).status == 429
+        assert server.application.admission.bytes == len(image)
+        server.release()
+        assert first.result().status == 200
+        assert server.application.admission.bytes == 0
 
 
 def test_a_body_cut_short_by_the_client(server: Harness) -> None:
@@ -280,11 +366,11 @@ def test_pipelined_requests_are_answered_in_order(server: Harness) -> None:
 def test_the_fault_of_a_pipelined_request_is_not_told_to_those_before_it(fault: bytes, before: int) -> None:
     with serving(header_timeout_s=0.3, max_header_bytes=8192) as server, server.connect() as connection:
         server.hold()
-        for red in range(before):
-            body = picture(red)
-            connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        eventually(lambda: server.application.admission.images == 1)
-        connection.sendall(fault)
+        bodies = [picture(red) for red in range(before)]
+        # In one piece: behind a request that waits for its turn the server reads on only by and by.
+        requests = [POST + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies]
+        connection.sendall(b"".join([*requests, fault]))
+        eventually(lambda: len(server.server.server_state.connections) == 1)
         [protocol] = server.server.server_state.connections
         eventually(lambda: protocol._deaf)  # type: ignore[union-attr]  # it is ours
         server.release()
