@@ -3,7 +3,6 @@
 It bypasses FastAPI's parameter machinery, which costs as much as everything here; `openapi` describes it.
 """
 
-import asyncio
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from topfive_server.receive import (
     unpack,
 )
 from topfive_server.served_model import ServedModel
+from topfive_server.waiting import wait_for_answers
 
 MAX_TOP_K: Final = 100
 _PARAMETERS: Final = ("top_k", "model", "version")
@@ -113,7 +113,7 @@ class ClassifyEndpoint:
             finally:
                 arrival.end()
             try:
-                outcomes = await self._await_answers(jobs, deadline, receive)
+                outcomes = await wait_for_answers(jobs, deadline=deadline, receive=receive)
             finally:
                 self._lateness.observe(predicted_s, monotonic() - begun)
             exchange.scope[ANSWERED] = model.remember_answer(wish.priority, outcomes)
@@ -190,38 +190,6 @@ class ClassifyEndpoint:
         size, uploads = work() if is_cheap(body, headers) else await self._pool.run(work)
         ticket.add_bytes(size - len(body))
         return uploads
-
-    async def _await_answers(
-        self, jobs: Sequence[Job], deadline: float, receive: Receive
-    ) -> list[Answer | RequestError]:
-        """Each image's answer or error, in order.
-
-        Raises:
-            ClientGoneError: the client left; its images are dropped wherever they are.
-            DeadlineExceededError: the deadline passed first; likewise.
-        """
-        loop = asyncio.get_running_loop()
-        watch = loop.create_task(_gone(receive))  # ends by itself once the answer is sent
-        watch.add_done_callback(lambda _: _cancel(jobs))
-        late = DeadlineExceededError("the deadline passed before the answer was there")
-        timer = loop.call_later(max(deadline - monotonic(), 0), _fail, jobs, late)
-        outcomes: list[Answer | RequestError] = []
-        try:
-            for job in jobs:
-                try:
-                    outcomes.append(await job.answer)
-                except RequestError as error:
-                    outcomes.append(error)
-        except asyncio.CancelledError:
-            if watch.done() and not watch.cancelled():
-                raise ClientGoneError from None
-            _cancel(jobs)  # the server itself gives up, at the end of the drain
-            raise
-        finally:
-            timer.cancel()
-        if late in outcomes:
-            raise late
-        return outcomes
 
     async def _answer(
         self,
@@ -331,19 +299,3 @@ def top(answer: Answer, labels: Sequence[str], top_k: int) -> list[dict[str, Any
         {"label": labels[c], "class": c, "probability": float(str(p))}
         for c, p in zip(classes.tolist(), probabilities, strict=True)
     ]
-
-
-def _cancel(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        job.answer.cancel()
-
-
-def _fail(jobs: Sequence[Job], error: RequestError) -> None:
-    for job in jobs:
-        job.fail(error)
-
-
-async def _gone(receive: Receive) -> None:
-    """Return when the client has left, or when it has been answered."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

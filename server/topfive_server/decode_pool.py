@@ -59,7 +59,10 @@ class DecodePool:
         done: Callable[[Job, Outcome], None],
     ) -> None:
         """Cut the central square of `side` pixels out of an image file, and call `done` on the loop."""
-        self._threads.submit(self._decode, data, preprocessing, side, job, done)
+        waiting = [data]
+        # The executor keeps its work until a thread is free, also for nobody; the file it need not keep so long.
+        job.answer.add_done_callback(lambda _: waiting.clear())
+        self._threads.submit(self._decode, waiting, preprocessing, side, job, done)
 
     def decode_here(
         self, data: bytes | memoryview, preprocessing: Preprocessing, side: int, job: Job
@@ -99,10 +102,17 @@ class DecodePool:
 
     def _decode(
         self,
-        data: bytes | memoryview,
+        waiting: list[bytes | memoryview],
         preprocessing: Preprocessing,
         side: int,
         job: Job,
         done: Callable[[Job, Outcome], None],
     ) -> None:
-        self._loop.call_soon_threadsafe(done, job, self.decode_here(data, preprocessing, side, job))
+        outcome: Outcome = None
+        try:
+            data = waiting.pop()
+        except IndexError:
+            pass  # nobody wants it any more
+        else:
+            outcome = self.decode_here(data, preprocessing, side, job)
+        self._loop.call_soon_threadsafe(done, job, outcome)

@@ -110,13 +110,13 @@ class Exchange:
 
     async def answer_json(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""
-        await self._respond(status, _ENCODER.encode(body).encode(), [_JSON])
+        await self.respond(status, _ENCODER.encode(body).encode(), [_JSON])
 
     async def answer_problem(self, error: RequestError, **members: object) -> None:
         """Answer with an `application/problem+json` document (RFC 9457)."""
         self.code = error.code
         body = json.dumps({**error.problem(), "request_id": self.request_id, **members}, ensure_ascii=False)
-        await self._respond(error.status, body.encode(), [_PROBLEM, *error.headers()])
+        await self.respond(error.status, body.encode(), [_PROBLEM, *error.headers()])
 
     async def forward(self, message: MutableMapping[str, Any]) -> None:
         """Send an answer that FastAPI made, with the headers that every answer has."""
@@ -131,7 +131,8 @@ class Exchange:
             message = {**message, "headers": [*message.get("headers", []), *extra]}
         await self.send(message)
 
-    async def _respond(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    async def respond(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """Answer with these headers and those that every answer has."""
         self.status = status
         headers += [
             (b"content-length", b"%d" % len(body)),

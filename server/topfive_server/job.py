@@ -81,6 +81,11 @@ class Job:
         if not self.answer.done():
             self.answer.set_exception(error)
 
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more; the pixels are not kept until their turn."""
+        self.image = None
+        self.answer.cancel()
+
 
 class Queue:
     """Waiting images in two classes; people first, scoring fills up."""

@@ -110,7 +110,8 @@ class OpenInference:
         except ClientGoneError:
             exchange.code = "client-gone"
             return
-        await _send(exchange, reply)
+        headers = [(b"content-type", reply.type.encode()), *reply.headers]
+        await exchange.respond(reply.status, reply.body, headers)
 
     async def _route(self, exchange: Exchange, receive: Receive) -> _Reply:
         path, method = exchange.scope["path"], exchange.scope["method"]
@@ -196,7 +197,7 @@ class OpenInference:
                     request,
                     started=exchange.started,
                     config=self._config,
-                    gone=_gone(receive),
+                    receive=receive,
                     jobs=exchange.jobs,
                     since_answer_s=exchange.scope.get(SINCE_ANSWER),
                 )
@@ -299,23 +300,3 @@ def _accepted_coding(accept: str) -> str | None:
 def _compress(body: bytes, coding: str) -> bytes:
     deflate = zlib.compressobj(level=1, wbits=31 if coding == "gzip" else 15)
     return deflate.compress(body) + deflate.flush()
-
-
-async def _send(exchange: Exchange, reply: _Reply) -> None:
-    exchange.status = reply.status
-    headers = [
-        (b"content-type", reply.type.encode()),
-        (b"content-length", b"%d" % len(reply.body)),
-        (b"x-request-id", exchange.request_id.encode("ascii")),
-        *reply.headers,
-    ]
-    if exchange.closing:
-        headers.append((b"connection", b"close"))
-    await exchange.send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await exchange.send({"type": "http.response.body", "body": reply.body})
-
-
-async def _gone(receive: Receive) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,20 +1,20 @@
 """From a parsed request of the Open Inference Protocol to its answers, through the batcher; for REST and gRPC."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from time import monotonic
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topfive_server.config import ServerConfig
-from topfive_server.errors import DeadlineExceededError, QueueFullError, RequestError, UnknownModelError
+from topfive_server.errors import RequestError, UnknownModelError
 from topfive_server.job import Answer, Job, Priority
 from topfive_server.models import Models
 from topfive_server.oip_codec import InferRequest, Interface, ProtocolError
-from topfive_server.receive import ClientGoneError
+from topfive_server.receive import Receive
 from topfive_server.served_model import ServedModel
+from topfive_server.waiting import wait_for_answers
 
 
 async def compute(
@@ -23,7 +23,7 @@ async def compute(
     *,
     started: float,
     config: ServerConfig,
-    gone: Coroutine[Any, Any, None] | None,
+    receive: Receive | None,
     jobs: list[Job],
     since_answer_s: float | None = None,
 ) -> list[Answer]:
@@ -34,7 +34,7 @@ async def compute(
         request: the images, and how long they may take.
         started: when the request came, on the monotonic clock.
         config: bounds the time-out.
-        gone: returns when the client has left; None where leaving cancels the caller.
+        receive: as `wait_for_answers` takes it.
         jobs: empty; is filled with the images on their way.
         since_answer_s: as `ServedModel.refuse_a_long_wait` takes it.
 
@@ -46,12 +46,7 @@ async def compute(
     loop = asyncio.get_running_loop()
     deadline = started + min(request.timeout_s or config.request_timeout_s, config.request_timeout_s)
     priority = priority_of(request)
-    try:
-        model.refuse_a_long_wait(priority, since_answer_s)
-    except QueueFullError:
-        if gone is not None:
-            gone.close()  # nobody will await it
-        raise
+    model.refuse_a_long_wait(priority, since_answer_s)
     for image in request.images_NHWC:
         job = Job(deadline=deadline, priority=priority, loop=loop)
         job.image = image
@@ -60,29 +55,12 @@ async def compute(
         model.batcher.submit(job)
         jobs.append(job)
 
-    def give_up(error: RequestError | None) -> None:
-        for job in jobs:
-            job.answer.cancel() if error is None else job.fail(error)
-
-    watch = None if gone is None else loop.create_task(gone)
-    if watch is not None:
-        watch.add_done_callback(lambda _: give_up(None))
-    late = DeadlineExceededError("the deadline passed before the answer was there")
-    timer = loop.call_later(max(deadline - monotonic(), 0), give_up, late)
-    try:
-        return [await job.answer for job in jobs]
-    except asyncio.CancelledError:
-        if watch is not None and watch.done() and not watch.cancelled():
-            raise ClientGoneError from None
-        raise
-    finally:
-        timer.cancel()
-        if watch is not None:
-            watch.cancel()
-        for job in jobs:
-            # One image's error is the request's: the others' answers are not waited for, nor left unread.
-            if not job.answer.cancel() and not job.answer.cancelled():
-                job.answer.exception()
+    answers: list[Answer] = []
+    for outcome in await wait_for_answers(jobs, deadline=deadline, receive=receive):
+        if isinstance(outcome, RequestError):
+            raise outcome  # one image's error is the request's
+        answers.append(outcome)
+    return answers
 
 
 def priority_of(request: InferRequest) -> Priority:

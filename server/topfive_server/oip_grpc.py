@@ -176,7 +176,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             statistics = self._rest.statistics.setdefault(key, Statistics())
             try:
                 answers = await compute(
-                    model, request, started=started, config=self._config, gone=None, jobs=jobs
+                    model, request, started=started, config=self._config, receive=None, jobs=jobs
                 )
             except RequestError:
                 statistics.failures += 1

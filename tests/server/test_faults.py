@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -471,6 +471,44 @@ def test_a_client_that_leaves_is_not_even_decoded_for(monkeypatch: pytest.Monkey
         )
         assert len(decoded) == 3
         assert sorted(server.engine.seen) == [1, 2, 4]
+
+
+def test_the_upload_of_a_client_that_leaves_is_dropped_wherever_it_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For a decode thread (all are busy), and decoded for the engine: what nobody waits for is not counted any more."""
+    free = threading.Event()
+    size = 3_000_000
+
+    def slow_decode(data: bytes, *arguments: object, **options: object) -> object:
+        free.wait(30)
+        return decode(data, *arguments, **options)  # type: ignore[arg-type]
+
+    def leave(server: Harness, body: bytes, once: Callable[[], bool]) -> None:
+        images = server.application.admission.images
+        with server.connect() as connection:
+            connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            eventually(lambda: server.application.admission.images == images + 1 and once())
+        eventually(lambda: server.application.admission.images == images)
+
+    with serving() as server, ThreadPoolExecutor() as threads:
+        server.hold()
+        stays = [threads.submit(server.classify, picture(1))]
+        eventually(lambda: server.engine.seen == [1])
+        leave(server, picture(2), lambda: server.model.batcher.depth == 1)
+        [[waiting], _] = server.model.batcher._queue._lanes.values()
+        eventually(lambda: waiting.image is None)
+        monkeypatch.setattr("topfive_server.decode_pool.decode", slow_decode)
+        stays += [threads.submit(server.classify, picture(red)) for red in (3, 4)]
+        eventually(lambda: server.application.admission.images == 3)
+        with memory(6 * size):  # the client's own, and what the server holds for a moment
+            body = picture(5) + bytes(size)
+            for _ in range(10):
+                leave(server, body, lambda: True)
+        free.set()
+        server.release()
+        assert sorted(future.result().classes[0] for future in stays) == [1, 3, 4]
+        assert sorted(server.engine.seen) == [1, 3, 4]
 
 
 def test_all_timing_is_on_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,18 @@ def test_tensors_in_and_out(server: Harness, binary_in: bool, binary_out: bool) 
     assert (head["id"], head["model_name"], head["model_version"]) == ("42", "fake", "1")
 
 
+@pytest.mark.parametrize(
+    "path", [INFER, "/v2/health/ready", "/v2/models/fake", "/v2/models/none", "/v2/none"]
+)
+def test_answers_have_what_every_answer_has(server: Harness, path: str) -> None:
+    reply = infer(server, 7) if path == INFER else server.request("GET", path, headers={"X-Request-ID": "me"})
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    assert reply.headers["cache-control"] == "no-store"
+    assert (reply.headers["x-request-id"] == "me") == (path != INFER)
+    timed = [part.partition(";")[0] for part in reply.headers.get("server-timing", "").split(", ")]
+    assert timed == (["receive", "queue", "batch", "infer"] if path == INFER else [""])
+
+
 def test_the_newest_version_answers_unless_one_is_named(server: Harness) -> None:
     assert infer(server, 10, binary=False).json["model_version"] == "2"
     assert arrays(infer(server, 10))["classes"][0, 0] == 11
