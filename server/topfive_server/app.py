@@ -33,7 +33,7 @@ from topfive_server.errors import (
     RequestError,
     UnauthorizedError,
 )
-from topfive_server.exchange import KEY, PAUSE, Exchange, Scope, Send
+from topfive_server.exchange import KEY, Exchange, Scope, Send
 from topfive_server.logs import REQUESTS, request_id
 from topfive_server.metrics import CONTENT_TYPE, Metrics, gauge
 from topfive_server.models import Models
@@ -51,6 +51,8 @@ requests_log = logging.getLogger(REQUESTS)
 
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/openapi.json", *pages.PATHS})
 """Answered without an API key: what probes ask, and pages that hold nothing but themselves."""
+INFERENCE_ROUTES: Final = frozenset({"/v1/classify", "/v2/models/{model}/infer"})
+"""Where images are classified: what is answered here allows refusals to be answered."""
 
 
 class Application:
@@ -101,13 +103,11 @@ class Application:
             request_id=request_id(headers.get(b"x-request-id")),
             started=monotonic(),
             closing=self.draining,
+            refusals=self._refusals,
         )
         try:
             await self._route(exchange, receive)
-            self._refusals.answered()
         except RequestError as error:
-            if error.status == 429:
-                exchange.scope[PAUSE] = self._refusals.refuse()
             await exchange.answer_problem(error)
         except asyncio.CancelledError:  # only at the end of the drain time
             self.cut_off += 1
@@ -174,6 +174,8 @@ class Application:
     def _account(self, exchange: Exchange) -> None:
         ended = monotonic()
         seconds = ended - exchange.started
+        if exchange.status == 200 and exchange.route in INFERENCE_ROUTES:
+            self._refusals.answered()
         metrics, config = self.metrics, self.config
         metrics.requests.labels(exchange.route, str(exchange.status or 499), exchange.code).inc()
         metrics.request_seconds.labels(exchange.route).observe(seconds)

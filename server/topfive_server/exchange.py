@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
-from topfive_server.errors import BadRequestError, RequestError
+from topfive_server.admission import Refusals
+from topfive_server.errors import BadRequestError, QueueFullError, RequestError
 from topfive_server.stages import Stage, stages
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Exchange:
         "jobs",
         "method",
         "model",
+        "refusals",
         "request_id",
         "route",
         "scope",
@@ -62,6 +64,7 @@ class Exchange:
         request_id: str,
         started: float,
         closing: bool,
+        refusals: Refusals,
     ) -> None:
         self.scope = scope
         self.method: str = scope["method"]
@@ -69,6 +72,8 @@ class Exchange:
         self.send = send
         self.closing = closing
         """Whether the connection is to end with this answer, because the server is draining."""
+        self.refusals = refusals
+        """The server's."""
         self.headers = headers
         """Header names in lower case; of a repeated header the last."""
         self.request_id = request_id
@@ -132,8 +137,10 @@ class Exchange:
         await self.send(message)
 
     async def respond(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """Answer with these headers and those that every answer has."""
+        """Answer with these headers and those that every answer has; who is refused too often is answered slowly."""
         self.status = status
+        if status == QueueFullError.status:
+            self.scope[PAUSE] = self.refusals.refuse()
         headers += [
             (b"content-length", b"%d" % len(body)),
             (b"x-request-id", self.request_id.encode("ascii")),

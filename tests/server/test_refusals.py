@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.server.fakes import FakeEngine, make_info, picture
+from tests.server.fakes import CROP, FakeEngine, make_info, picture
 from tests.server.harness import Harness, eventually, read_reply, serving
 
 from topfive_server import admission
@@ -57,9 +57,16 @@ def full() -> Iterator[Harness]:
         yield server
 
 
-def ask(connection: http.client.HTTPConnection) -> tuple[int, float]:
+IMAGE = {"name": "image", "shape": [1, CROP, CROP, 3], "datatype": "UINT8", "data": [0] * CROP * CROP * 3}
+TENSOR = json.dumps({"inputs": [IMAGE]})
+CLASSIFY, INFER = ("/v1/classify", picture(2)), ("/v2/models/fake/infer", TENSOR)
+
+
+def ask(
+    connection: http.client.HTTPConnection, path: str = "/v1/classify", body: str | bytes = picture(2)
+) -> tuple[int, float]:
     begun = time.monotonic()
-    connection.request("POST", "/v1/classify", picture(2))
+    connection.request("POST", path, body)
     answer = connection.getresponse()
     answer.read()
     return answer.status, time.monotonic() - begun
@@ -74,12 +81,15 @@ def connect(server: Harness) -> http.client.HTTPConnection:
     return http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
 
 
-def test_the_refusal_is_quick_and_the_next_request_of_its_connection_waits(full: Harness) -> None:
+@pytest.mark.parametrize("what", [CLASSIFY, INFER], ids=["classify", "infer"])
+def test_the_refusal_is_quick_and_the_next_request_of_its_connection_waits(
+    full: Harness, what: tuple[str, str | bytes]
+) -> None:
     hasty, other = connect(full), connect(full)
-    status, seconds = ask(hasty)
+    status, seconds = ask(hasty, *what)
     assert (status, seconds < 0.5) == (429, True)
     eventually(lambda: paused(full))
-    status, seconds = ask(hasty)
+    status, seconds = ask(hasty, *what)
     assert (status, seconds > 0.7) == (429, True)
     other.request("GET", "/healthz")
     assert json.loads(other.getresponse().read())["status"] == "alive"
@@ -117,8 +127,17 @@ def test_every_answer_allows_another_refusal() -> None:
     with serving(FakeEngine()) as server:
         refusals = server.application._refusals
         server.on_loop(lambda: setattr(refusals, "_left", -5.0))
-        assert server.classify(picture(1)).status == 200
-        eventually(lambda: refusals._left == -4.0)
+        for number, (path, body) in enumerate((CLASSIFY, INFER), 1):
+            assert server.request("POST", path, body).status == 200
+            eventually(lambda number=number: refusals._left == number - 5.0)  # type: ignore[misc]
+        # What is no answer to an image allows none.
+        assert server.request("GET", "/healthz").status == 200
+        assert server.request("GET", "/v2").status == 200
+        assert server.classify(b"no image").status == 415
+        assert server.request("POST", INFER[0], "{}").status == 400
+        last = {"route": "/v2/models/{model}/infer", "status": "400", "code": "bad-request"}
+        eventually(lambda: server.metric("topfive_requests_total", **last) == 1)
+        assert refusals._left == -3.0
 
 
 def test_the_drain_ends_the_pauses() -> None:

@@ -360,6 +360,7 @@ def test_what_keeps_it_from_sending_is_a_sentence(repository: Path, tmp_path: Pa
 def test_a_wall_clock_that_jumps_changes_no_duration(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from topfive_server.admission import Refusals
     from topfive_server.exchange import Exchange
     from topfive_server.traces import Traces
 
@@ -374,7 +375,9 @@ def test_a_wall_clock_that_jumps_changes_no_duration(
     async def record() -> None:
         ended = time.monotonic()
         scope = {"method": "POST", "path": "/v1/classify", "scheme": "http", "http_version": "1.1"}
-        exchange = Exchange(scope, send, headers={}, request_id="jump", started=ended - 2, closing=False)
+        exchange = Exchange(
+            scope, send, headers={}, request_id="jump", started=ended - 2, closing=False, refusals=Refusals()
+        )
         exchange.timings["receive"] = 0.5
         traces = Traces()
         traces.record_http(exchange, ended)
