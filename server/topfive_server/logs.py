@@ -60,8 +60,17 @@ class TextFormatter(logging.Formatter):
         """One line, and a traceback where there is one."""
         extra = " ".join(f"{key}={value}" for key, value in {**self._common, **_fields(record)}.items())
         text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.getMessage()}"
-        text = f"{text}  {extra}" if extra else text
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        lines = [f"{text}  {extra}" if extra else text]
+        if record.exc_info:
+            lines += self.formatException(record.exc_info).split("\n")
+        return "\n".join(map(_printable, lines))
+
+
+def _printable(text: str) -> str:
+    """With escapes for what would end the line or give orders to a terminal; a request's path may hold both."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

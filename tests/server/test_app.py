@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -379,6 +380,28 @@ def test_one_line_in_the_log_for_each_request(capfd: pytest.CaptureFixture[str])
     ]  # fmt: skip
     assert requests[0]["infer_ms"] >= 0
     assert requests[0]["model"] == "fake"
+
+
+def test_a_path_forges_no_line_and_gives_a_terminal_no_orders(capfd: pytest.CaptureFixture[str]) -> None:
+    from topfive_server import logs
+
+    logs.configure("text")
+    with serving(log_requests=True) as server:
+        path = b"/%0A00:00:00%20warning%20key%20of%20alice%20revoked%1b[2J%c2%9b%e2%80%ae%C3%A9"
+        server.raw(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+    logs.configure("json")
+    [line] = [line for line in capfd.readouterr().err.split("\n") if "alice" in line]
+    assert r"path=/\n00:00:00 warning key of alice revoked\x1b[2J\x9b\u202eé status=404" in line
+
+
+def test_a_traceback_keeps_its_lines_in_the_text_log() -> None:
+    from topfive_server import logs
+
+    error = ValueError("of two\nlines \x1b[2J")
+    record = logging.LogRecord("a", logging.ERROR, "", 0, "failed\n!", (), (ValueError, error, None))
+    first, *others = logs.TextFormatter().format(record).split("\n")
+    assert first.endswith(r"failed\n!")
+    assert others == ["ValueError: of two", r"lines \x1b[2J"]
 
 
 def test_a_slow_request_says_which_stage_it_was_in(capfd: pytest.CaptureFixture[str]) -> None:
