@@ -52,6 +52,8 @@ _MODEL: Final = re.compile(
 _JSON: Final = "application/json"
 _CHEAP_BYTES: Final = 200_000
 """Binary requests up to this size are parsed on the event loop; it takes well under a millisecond."""
+_CHEAP_VALUES: Final = 2000
+"""So many numbers or texts are encoded or compressed on the event loop; it takes a few milliseconds."""
 _COMPRESSED_FROM: Final = 1024
 """Answers shorter than this are not worth compressing."""
 
@@ -207,7 +209,7 @@ class OpenInference:
                 raise
             statistics.add(answers, monotonic() - exchange.started)
             exchange.scope[ANSWERED] = model.remember_answer(priority_of(request), answers)
-            return self._reply(exchange, request, model, answers)
+            return await self._reply(exchange, request, model, answers)
 
     async def _receive(
         self, exchange: Exchange, receive: Receive, ticket: Ticket, model: ServedModel
@@ -235,7 +237,7 @@ class OpenInference:
             return parse()
         return await self._pool.run(parse)
 
-    def _reply(
+    async def _reply(
         self, exchange: Exchange, request: InferRequest, model: ServedModel, answers: Sequence[Answer]
     ) -> _Reply:
         for answer in answers:
@@ -245,17 +247,23 @@ class OpenInference:
         timings["batch"] = max(answer.batch_s for answer in answers)
         timings["infer"] = max(answer.infer_s for answer in answers)
         interface = interface_of(model, self._config)
-        body, json_length = encode_response(request, stack(answers), interface, model.info.version)
-        headers = []
-        if json_length is not None:
-            headers.append((HEADER_LENGTH.encode(), str(json_length).encode()))
+        arrays = stack(answers)
         coding = _accepted_coding(exchange.headers.get(b"accept-encoding", b"").decode("latin-1"))
-        if coding and len(body) >= _COMPRESSED_FROM:
-            body = _compress(body, coding)
-            headers.append((b"content-encoding", coding.encode()))
-        return _Reply(
-            body=body, type=_JSON if json_length is None else "application/octet-stream", headers=headers
-        )
+
+        def encode() -> _Reply:
+            body, json_length = encode_response(request, arrays, interface, model.info.version)
+            headers = []
+            if json_length is not None:
+                headers.append((HEADER_LENGTH.encode(), str(json_length).encode()))
+            if coding and len(body) >= _COMPRESSED_FROM:
+                body = _compress(body, coding)
+                headers.append((b"content-encoding", coding.encode()))
+            return _Reply(
+                body=body, type=_JSON if json_length is None else "application/octet-stream", headers=headers
+            )
+
+        costly = sum(arrays[output.name].size for output in request.outputs if coding or not output.binary)
+        return encode() if costly < _CHEAP_VALUES else await self._pool.run(encode)
 
     def _stats(self, model: ServedModel) -> dict[str, Any]:
         key = model.info.name, model.info.version

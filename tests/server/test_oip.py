@@ -6,6 +6,7 @@ import http.client
 import json
 import subprocess
 import textwrap
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.server.harness import Harness, Reply, eventually, serving
 from tests.server.real_triton import triton_program
 
 from topfive_server.admission import Loops
-from topfive_server.oip_codec import Interface, ProtocolError, parse_request
+from topfive_server.oip_codec import Interface, ProtocolError, encode_response, parse_request
 
 INTERFACE = Interface(
     name="fake", side=CROP, classes=CLASSES, max_batch=8, labels=tuple(map(str, range(CLASSES)))
@@ -118,6 +119,42 @@ def test_answers_have_what_every_answer_has(server: Harness, path: str) -> None:
     assert (reply.headers["x-request-id"] == "me") == (path != INFER)
     timed = [part.partition(";")[0] for part in reply.headers.get("server-timing", "").split(", ")]
     assert timed == (["receive", "queue", "batch", "infer"] if path == INFER else [""])
+
+
+@pytest.mark.parametrize(
+    ("reds", "asked", "accept", "on_the_loop"),
+    [
+        (7, {}, "", True),
+        (8, {}, "", False),
+        (8, {"parameters": {"binary_data_output": True}}, "", True),
+        (8, {"parameters": {"binary_data_output": True}}, "gzip", False),
+        (8, {"outputs": [{"name": "probabilities"}]}, "gzip", True),
+    ],
+)
+def test_large_answers_are_encoded_on_a_thread(
+    server: Harness,
+    monkeypatch: pytest.MonkeyPatch,
+    reds: int,
+    asked: dict[str, Any],
+    accept: str,
+    on_the_loop: bool,
+) -> None:
+    threads = []
+
+    def noting(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return encode_response(*arguments)
+
+    monkeypatch.setattr("topfive_server.oip.encode_response", noting)
+    body, headers = message(tensor(*range(reds)), **asked)
+    path = "/v2/models/fake/versions/1/infer"
+    reply = server.request("POST", path, body, headers | {"Accept-Encoding": accept})
+    if "content-encoding" in reply.headers:
+        reply = Reply(reply.status, reply.headers, gzip.decompress(reply.body))
+    np.testing.assert_array_equal(
+        arrays(reply)["probabilities"], predictions(list(range(reds))).probabilities_BT
+    )
+    assert [thread is server._thread for thread in threads] == [on_the_loop]
 
 
 def test_the_newest_version_answers_unless_one_is_named(server: Harness) -> None:
