@@ -18,17 +18,19 @@ class Gate:
     """Many batches at a time, or one capture."""
 
     def __init__(self, *, patience_s: float = 5.0) -> None:
-        """A capture that has waited for `patience_s` goes ahead: a batch that hangs must not stop a new engine, too."""
+        """What takes longer than `patience_s` is waited for no longer: one engine that hangs must not stop the others."""
         self._patience_s = patience_s
         self._changed = threading.Condition()
         self._batches = 0
-        self._capturing = False
+        self._capture: object | None = None
+        self._overdue_at = 0.0
+        """When that will have taken too long, on the monotonic clock."""
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
         """A batch: not during a capture."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._capturing)
+            self._wait_for_capture()
             self._batches += 1
         try:
             yield
@@ -40,18 +42,29 @@ class Gate:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """A capture, and the allocations before it: nothing beside it."""
-        end = monotonic() + self._patience_s
+        capture = object()
         with self._changed:
-            self._changed.wait_for(lambda: not self._capturing)
-            self._capturing = True
-            if not self._changed.wait_for(lambda: not self._batches, max(0.0, end - monotonic())):
+            self._wait_for_capture()
+            self._capture, self._overdue_at = capture, monotonic() + 2 * self._patience_s
+            if not self._changed.wait_for(lambda: not self._batches, self._patience_s):
                 log.warning("a batch has not come back; a CUDA graph is captured beside it")
+            self._overdue_at = monotonic() + self._patience_s
         try:
             yield
         finally:
             with self._changed:
-                self._capturing = False
+                if self._capture is capture:
+                    self._capture = None
                 self._changed.notify_all()
+
+    def _wait_for_capture(self) -> None:
+        while self._capture is not None:
+            left_s = self._overdue_at - monotonic()
+            if left_s <= 0:
+                log.warning("the capture of a CUDA graph has not ended; nothing waits for it any more")
+                self._capture = None
+            else:
+                self._changed.wait(left_s)
 
 
 GATE = Gate()

@@ -124,7 +124,7 @@ def test_a_capture_waits_for_batches_and_holds_them_back() -> None:
     assert inside.wait(10)
     capturing = threading.Thread(target=capture)
     capturing.start()
-    eventually(lambda: gate._capturing)
+    eventually(lambda: gate._capture is not None)
     second = threading.Thread(target=batch, args=("second",))
     second.start()
     leave.set()
@@ -138,6 +138,37 @@ def test_a_batch_that_hangs_does_not_stop_a_capture_for_ever(caplog: pytest.LogC
     with gate.beside_others(), gate.alone():
         pass
     assert "a batch has not come back" in caplog.text
+
+
+def test_a_capture_that_hangs_stops_nobody_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    gate, order = Gate(patience_s=0.05), list[str]()
+    began, leave = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with gate.alone():
+            began.set()
+            leave.wait(30)
+
+    def follow() -> None:
+        with gate.beside_others():
+            order.append("batch")
+        with gate.alone():
+            order.append("capture")
+
+    hanging = threading.Thread(target=hang, daemon=True)
+    hanging.start()
+    assert began.wait(10)
+    following = threading.Thread(target=follow, daemon=True)
+    following.start()
+    following.join(5)
+    try:
+        assert order == ["batch", "capture"]
+    finally:
+        leave.set()
+        hanging.join(10)
+    assert caplog.text.count("has not ended") == 1  # it is told once, not by every batch
+    with gate.beside_others():  # what came back late keeps nobody out
+        order.append("another")
 
 
 def test_an_engine_on_a_gpu_captures_alone(
