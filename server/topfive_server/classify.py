@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 
 from topfive_server.admission import Admission, Ticket
-from topfive_server.batcher import Arrival, Batcher
+from topfive_server.arrival import Arrival
+from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
@@ -272,7 +273,7 @@ class ClassifyEndpoint:
         return seconds
 
     def _seconds_until_answered(self, batcher: Batcher, images: int) -> float:
-        seconds = batcher.seconds_until_answered(images)
+        seconds = batcher.forecast.seconds_until_answered(images)
         return seconds if batcher.counts_decoding else seconds + self._decode_s.or_zero()
 
 

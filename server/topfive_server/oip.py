@@ -177,7 +177,7 @@ class OpenInference:
             raise NotReadyError(f"model '{name[:80]}' is not ready: {reason}", retry_after_s=5)
 
         def retry_after_s() -> float:
-            return model.batcher.seconds_until_answered()
+            return model.batcher.forecast.seconds_until_answered()
 
         # What can't be admitted anyway is refused before its body is read.
         self._admission.check(expected_bytes=0, retry_after_s=retry_after_s)

@@ -170,7 +170,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             raise NotReadyError(f"model '{model.info.name}' is not ready", retry_after_s=5)
         interface = interface_of(model, self._config)
         request = parse_message(_as_header(message), b"".join(message.raw_input_contents), interface)
-        with self._admission.ticket(model.batcher.seconds_until_answered) as ticket:
+        with self._admission.ticket(model.batcher.forecast.seconds_until_answered) as ticket:
             ticket.add_bytes(request.images_NHWC.nbytes)
             ticket.add_images(len(request.images_NHWC))
             key = model.info.name, model.info.version

@@ -183,9 +183,9 @@ class ServedModel:
         if priority == "interactive":
             batcher = self.batcher
             self._wait_limit.check(
-                batcher.seconds_of_wait(priority),
-                batcher.images_before(priority),
-                full_batch_s=batcher.full_batch_s,
+                batcher.forecast.seconds_of_wait(priority),
+                batcher.forecast.images_before(priority),
+                full_batch_s=batcher.forecast.full_batch_s,
                 max_batch=batcher.max_batch,
                 loops=loops,
             )
