@@ -24,8 +24,9 @@ from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.oip import EXTENSIONS, OpenInference
 from topfive_server.oip_codec import ProtocolError, describe_output, parse_message, to_binary
-from topfive_server.oip_compute import compute, find_model, interface_of, stack
+from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
+from topfive_server.repository import oldest_first
 from topfive_server.session import one_line
 
 if TYPE_CHECKING:
@@ -107,9 +108,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         async def answer(request: Any) -> Any:
             model = find_model(self._models, request.name, request.version or None)
             versions = (
-                [request.version]
-                if request.version
-                else sorted(self._models.versions(model.info.name), key=int)
+                [request.version] if request.version else oldest_first(self._models.versions(model.info.name))
             )
             record = model_metadata(interface_of(model, self._config), versions)
             return ParseDict(record, service_pb2.ModelMetadataResponse())
@@ -165,7 +164,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
 
     async def _infer(self, message: Any, jobs: "list[Job]") -> Any:
         started = monotonic()
-        model = find_model(self._models, message.model_name, message.model_version or None)
+        model = pick_model(self._models, message.model_name, message.model_version or None)
         if self._rest.refusing or not model.health.ready:
             raise NotReadyError(f"model '{model.info.name}' is not ready", retry_after_s=5)
         interface = interface_of(model, self._config)
