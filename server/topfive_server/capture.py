@@ -21,50 +21,49 @@ class Gate:
         """What takes longer than `patience_s` is waited for no longer: one engine that hangs must not stop the others."""
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        self._batches = 0
-        self._capture: object | None = None
-        self._overdue_at = 0.0
-        """When that will have taken too long, on the monotonic clock."""
+        self._batches: dict[object, float] = {}
+        self._captures: dict[object, float] = {}
+        """Those under way, and when each began, on the monotonic clock."""
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
         """A batch: not during a capture."""
+        batch = object()
         with self._changed:
-            self._wait_for_capture()
-            self._batches += 1
+            self._wait_for(self._captures, "the capture of a CUDA graph")
+            self._batches[batch] = monotonic()
         try:
             yield
         finally:
-            with self._changed:
-                self._batches -= 1
-                self._changed.notify_all()
+            self._end(self._batches, batch)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """A capture, and the allocations before it: nothing beside it."""
         capture = object()
         with self._changed:
-            self._wait_for_capture()
-            self._capture, self._overdue_at = capture, monotonic() + 2 * self._patience_s
-            if not self._changed.wait_for(lambda: not self._batches, self._patience_s):
-                log.warning("a batch has not come back; a CUDA graph is captured beside it")
-            self._overdue_at = monotonic() + self._patience_s
+            self._wait_for(self._captures, "the capture of a CUDA graph")
+            # Nobody begins any more; it begins when those who have are done, which is given as long again.
+            self._captures[capture] = monotonic() + self._patience_s
+            self._wait_for(self._batches, "a batch")
+            self._captures[capture] = monotonic()
         try:
             yield
         finally:
-            with self._changed:
-                if self._capture is capture:
-                    self._capture = None
-                self._changed.notify_all()
+            self._end(self._captures, capture)
 
-    def _wait_for_capture(self) -> None:
-        while self._capture is not None:
-            left_s = self._overdue_at - monotonic()
-            if left_s <= 0:
-                log.warning("the capture of a CUDA graph has not ended; nothing waits for it any more")
-                self._capture = None
-            else:
-                self._changed.wait(left_s)
+    def _wait_for(self, others: dict[object, float], what: str) -> None:
+        """Until they have ended, or the last to begin has taken too long: then they are forgotten."""
+        while others and (left_s := max(others.values()) + self._patience_s - monotonic()) > 0:
+            self._changed.wait(left_s)
+        if others:
+            log.warning("%s has not ended within %g s; it is waited for no longer", what, self._patience_s)
+            others.clear()
+
+    def _end(self, among: dict[object, float], one: object) -> None:
+        with self._changed:
+            among.pop(one, None)
+            self._changed.notify_all()
 
 
 GATE = Gate()
