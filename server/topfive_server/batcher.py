@@ -183,16 +183,15 @@ class Batcher:
         """Decoded images that wait for the engine."""
         return len(self._queue)
 
-    async def close(self, patience_s: float | None = None) -> None:
+    async def close(self, patience_s: float = 3600.0) -> None:
         """Answer everything that was expected or submitted, then end; the engine stays open.
 
-        What still waits for the engine after `patience_s` seconds is refused, as is what comes later. Nothing is waited
-        for where the engine is gone.
+        After `patience_s` seconds what still waits is refused. Nothing is waited for where the engine is gone.
         """
         if not self.dead_because:
-            deadline = None if patience_s is None else monotonic() + patience_s
             await self._wakeups.until(
-                lambda: not self._queue and not self.expected and not self._computing, deadline=deadline
+                lambda: not (self._queue or self.expected or self._computing),
+                deadline=monotonic() + patience_s,
             )
         self._refuse(self.dead_because or "the model was taken out of service", [])
         self._task.cancel()
@@ -283,15 +282,16 @@ class Batcher:
 
     def _keep(self, job: Job) -> bool:
         """Whether somebody still waits for it; else it is dropped."""
-        if not job.wanted:
-            job.image = None
-            self._observer.dropped("engine", job.unwanted_because)
-        return job.wanted
+        if job.wanted:
+            return True
+        job.image = None
+        self._observer.dropped("engine", job.unwanted_because)
+        return False
 
     async def _compute(self, batch: list[Job]) -> None:
         """Run a batch; when it fails, halve it until only the guilty images fail."""
         # Between taking a batch and this, or in the other half of one that failed, deadlines pass and clients leave.
-        batch = list(filter(self._keep, batch))
+        batch = [job for job in batch if self._keep(job)]
         if not batch:
             return
         started = monotonic()
@@ -353,8 +353,8 @@ class Batcher:
         if len(batch) > 1:
             log.warning("a batch of %d failed and is halved: %s", len(batch), error)
             return batch[: len(batch) // 2], batch[len(batch) // 2 :]
-        unexpected = not isinstance(error, EngineError)
-        log.error("the engine failed on an image: %s", error, exc_info=error if unexpected else None)
+        unforeseen = None if isinstance(error, EngineError) else error
+        log.error("the engine failed on an image: %s", error, exc_info=unforeseen)
         batch[0].fail(EngineFailedError("the engine failed on this image; other images are not affected"))
         return ()
 

@@ -9,15 +9,15 @@ class Wakeups:
     """Those who wait, each with its condition. Whoever changes what conditions look at calls `look`."""
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     async def until(self, condition: Callable[[], bool], *, deadline: float | None = None) -> None:
         """Wait until the condition holds, or a deadline on the monotonic clock passes."""
         if condition() or (deadline is not None and deadline <= monotonic()):
             return
-        loop = asyncio.get_running_loop()
-        wakeup = loop.create_future()
-        timer = None if deadline is None else loop.call_later(deadline - monotonic(), _set, wakeup)
+        wakeup = self._loop.create_future()
+        timer = None if deadline is None else self._loop.call_later(deadline - monotonic(), _set, wakeup)
         waiter = (condition, wakeup)
         self._waiting.append(waiter)
         try:
