@@ -97,7 +97,6 @@ class ServedModel:
         self._golden = golden_image()
         self._probe: asyncio.Task[bool] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._closed = False
         self._loops = Loops()
         self._wait_limit = WaitLimit(
             max_wait_s=config.max_wait_ms / 1000, overload_wait_s=config.overload_wait_ms / 1000
@@ -216,7 +215,6 @@ class ServedModel:
 
         `patience_s`: after so many seconds what still waits is refused; by default after as many as a request may take.
         """
-        self._closed = True
         self.health.ready, self.health.reason = False, "the model is being taken out of service"
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -288,9 +286,9 @@ class ServedModel:
         return best
 
     def _engine_died(self, reason: str) -> None:
-        self.health.ready, self.health.reason = False, reason
+        served, self.health.ready, self.health.reason = self.health.ready, False, reason
         log.error("model %s version %s: %s", self.info.name, self.info.version, reason)
-        if not self._closed and (self._supervisor is None or self._supervisor.done()):
+        if served:  # else whoever starts it, or closes it, has the last word
             self._supervisor = self._loop.create_task(self._rebuild())
 
     async def _rebuild(self) -> None:

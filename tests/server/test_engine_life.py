@@ -97,6 +97,7 @@ def no_engine_is_left_over() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_life, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(served_model, "_WARM_UP_BATCHES", 1)
 
 
 # ---------------------------------------------------------------------- building
@@ -154,7 +155,7 @@ def test_an_engine_that_is_there_too_late_is_closed(tmp_path: Path, monkeypatch:
 def test_an_engine_that_hangs_in_its_warm_up_is_given_up_and_another_built() -> None:
     async def test() -> None:
         dying, hung, last = FakeEngine(), Hung(), FakeEngine()
-        shop = Workshop(dying, hung, last, engine_timeout_s=0.05)
+        shop = Workshop(dying, hung, last, engine_timeout_s=0.5)
         model = shop.model()
         await model.start()
         dying.dead = True
@@ -175,7 +176,26 @@ def test_an_engine_that_hangs_in_its_warm_up_is_given_up_and_another_built() -> 
 def test_a_model_that_does_not_warm_up_says_so() -> None:
     async def test() -> None:
         with pytest.raises(EngineError, match=r"was not warm within 0\.5 s"):
-            await Workshop(Hung(), engine_timeout_s=0.05).model().start()
+            await Workshop(Hung(), engine_timeout_s=0.5).model().start()
+
+    on_loop(test)
+
+
+def test_a_model_that_never_started_is_not_rebuilt_behind_its_owners_back() -> None:
+    class DiesOfTheGoldenImage(FakeEngine):
+        async def predict(self, images: Any) -> Any:
+            if images[0].any():  # what is timed before is black
+                raise EngineDead("the device fell off the bus")
+            return await super().predict(images)
+
+    async def test() -> None:
+        engine = DiesOfTheGoldenImage()
+        shop = Workshop(engine, FakeEngine())
+        with pytest.raises(NotReadyError, match="fell off the bus"):
+            await shop.model().start()
+        assert engine.closed
+        await asyncio.sleep(0.1)
+        assert len(shop.waiting) == 1
 
     on_loop(test)
 
@@ -324,7 +344,7 @@ def test_a_golden_image_that_is_not_answered_in_time_is_no_error_of_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def test() -> None:
-        shop = Workshop(FakeEngine(), engine_timeout_s=0.05)
+        shop = Workshop(FakeEngine(), engine_timeout_s=0.5)
         model = shop.model()
         await model.start()
         monkeypatch.setattr(served_model, "_GOLDEN_DECODE_S", 0.1)
