@@ -20,11 +20,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from time import monotonic
-from typing import Final, Protocol
-
-import numpy as np
+from typing import Final
 
 from topfive_server.admission import Loops
+from topfive_server.arrival import Arrival
 from topfive_server.decode_pool import Outcome
 from topfive_server.engine import (
     DecodingEngine,
@@ -35,9 +34,10 @@ from topfive_server.engine import (
     Predictions,
 )
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
-from topfive_server.estimate import BatchTimes
-from topfive_server.job import PRIORITIES, Answer, Job, Priority, Queue
+from topfive_server.estimate import BatchTimes, Forecast
+from topfive_server.job import PRIORITIES, Answer, Job, Observer, Priority, Queue
 from topfive_server.lone import LoneImage
+from topfive_server.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
 
@@ -45,43 +45,6 @@ _LINGER_S: Final = 0.003
 """Most seconds that an engine that has just finished waits for those it has answered to come back."""
 _SURELY: Final = 0.8
 """Share of the predicted time that a batch will surely take."""
-
-
-class Observer(Protocol):
-    """What the batcher tells the metrics."""
-
-    def batch_done(self, size: int, seconds: float) -> None:
-        """A batch came back from the engine."""
-
-    def batch_failed(self, kind: str) -> None:
-        """The engine failed: `error`, `out-of-memory`, `dead` or `hung`."""
-
-    def dropped(self, stage: str, reason: str) -> None:
-        """An image was dropped before `decode` or before the `engine`; `client-gone` or `deadline`."""
-
-
-class Arrival:
-    """A request whose body is arriving. Ends with the body, or by itself when that is slow."""
-
-    __slots__ = ("_batcher", "_priority", "_timer")
-
-    def __init__(
-        self, batcher: "Batcher", priority: Priority, loop: asyncio.AbstractEventLoop, patience_s: float
-    ) -> None:
-        self._batcher: Batcher | None = batcher
-        self._priority: Priority = priority
-        self._timer = loop.call_later(patience_s, self.end)
-
-    def counts_for(self, batcher: "Batcher") -> int:
-        """Images that this batcher expects because of it: 1, or 0 after its end or of another model's."""
-        return int(self._batcher is batcher)
-
-    def end(self) -> None:
-        """It is there, or no longer waited for."""
-        if self._batcher is not None:
-            self._timer.cancel()
-            self._batcher.arrived(self._priority)
-            self._batcher = None
 
 
 class Batcher:
@@ -115,7 +78,7 @@ class Batcher:
         # Elsewhere an image is decoded while others are computed.
         self._decode_s = decode_s if engine.info.takes_turns else lambda: 0.0
         self.counts_decoding = engine.info.takes_turns
-        """Whether the estimates below include the decoding."""
+        """Whether the forecast includes the decoding."""
         self._max_delay_s = max_delay_s
         self._engine_timeout_s = engine_timeout_s
         self._shares_cores = engine.info.device == "cpu"
@@ -132,12 +95,21 @@ class Batcher:
         self._expected: dict[Priority, int] = dict.fromkeys(PRIORITIES, 0)
         self._computing: dict[asyncio.Task[None] | LoneImage, tuple[float, int]] = {}
         """Batches handed to the engine: when, and how many images."""
-        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self.forecast = Forecast(
+            self.times,
+            queue=self._queue,
+            expected=self._expected,
+            computing=self._computing,
+            max_batch=self.max_batch,
+            parallel=self._parallel,
+            decode_s=self._decode_s,
+        )
+        self._wakeups = Wakeups()
         self._task = self._loop.create_task(self._run(), name="batcher")
 
     # ------------------------------------------------------------------ what the request path calls
 
-    def arriving(self, priority: Priority) -> "Arrival":
+    def arriving(self, priority: Priority) -> Arrival:
         """A request has begun to arrive; it is waited for like an image being decoded, but not if it is slow."""
         self._arriving += 1
         self.expect(priority)
@@ -156,7 +128,7 @@ class Batcher:
     def withdraw(self, priority: Priority) -> None:
         """An expected image does not come: it did not decode, or nobody wants it any more."""
         self._expected[priority] -= 1
-        self._wake()
+        self._wakeups.look()
 
     @property
     def expected(self) -> int:
@@ -184,14 +156,14 @@ class Batcher:
         lone = LoneImage(job, decode, decoded, not_after=not_after)
         self._expected[job.priority] -= 1
         self._lone, self._computing[lone] = lone, (monotonic() + self._decode_s(), 1)
-        lone.timer = self._loop.call_later(self._engine_timeout_s, self._lone_overdue, lone)
+        lone.watch(self._loop, self._engine_timeout_s, partial(self._lone_failed, lone, TimeoutError()))
         try:
-            running = self._decoding_engine.predict_lone(lone)
+            answer = self._decoding_engine.predict_lone(lone)
         except EngineError as error:
             self._lone_failed(lone, error)
         else:
             # Not a task: what would be run for it is part of what this way saves.
-            running.add_done_callback(
+            answer.add_done_callback(
                 lambda done: self._loop.call_soon_threadsafe(self._lone_done, lone, done)
             )
 
@@ -204,46 +176,24 @@ class Batcher:
         else:
             self._queue.push(job)
             self._come += 1
-        self._wake()
+        self._wakeups.look()
 
     @property
     def depth(self) -> int:
         """Decoded images that wait for the engine."""
         return len(self._queue)
 
-    def seconds_until_answered(self, images: int = 1) -> float:
-        """Measured estimate for images that are handed in now: what is before them, then themselves."""
-        return self._seconds(self.depth, self.expected + images)
+    async def close(self, patience_s: float = 3600.0) -> None:
+        """Answer everything that was expected or submitted, then end; the engine stays open.
 
-    def seconds_of_wait(self, priority: Priority) -> float:
-        """Measured estimate of what is before an image that is handed in now: the batches that must end first."""
-        return self._seconds(self._queue.before(priority), self._expected_before(priority))
-
-    def images_before(self, priority: Priority) -> int:
-        """Images that are answered before one that is handed in now, those that are being computed included."""
-        computing = sum(size for _, size in self._computing.values())
-        return self._queue.before(priority) + self._expected_before(priority) + computing
-
-    def _expected_before(self, priority: Priority) -> int:
-        return self._expected["interactive"] if priority == "interactive" else self.expected
-
-    @property
-    def full_batch_s(self) -> float:
-        """Measured estimate for a full batch, with the decoding of its images where nothing computes meanwhile."""
-        return self.times.predict(self.max_batch) + self.max_batch * self._decode_s()
-
-    def _seconds(self, decoded: int, undecoded: int) -> float:
-        """Until the engine has computed what it has, and so many images more."""
-        now = monotonic()
-        running = sum(
-            max(self.times.predict(size) - (now - since), 0) for since, size in self._computing.values()
-        )
-        more = self.times.predict_queue(decoded + undecoded, self.max_batch)
-        return (running + more) / self._parallel + undecoded * self._decode_s()
-
-    async def close(self) -> None:
-        """Answer everything that was expected or submitted, then end; the engine stays open."""
-        await self._until(lambda: not self._queue and not self.expected and not self._computing)
+        After `patience_s` seconds what still waits is refused. Nothing is waited for where the engine is gone.
+        """
+        if not self.dead_because:
+            await self._wakeups.until(
+                lambda: not (self._queue or self.expected or self._computing),
+                deadline=monotonic() + patience_s,
+            )
+        self._refuse(self.dead_because or "the model was taken out of service", [])
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -253,10 +203,10 @@ class Batcher:
         """The batching loop, step by step."""
         while True:
             # Something waits, and the engine is idle, or has one batch and a full one follows.
-            await self._until(self._may_start)
+            await self._wakeups.until(self._may_start)
             free_at = monotonic()
             if len(self._computing) < self._parallel:
-                await self._until(self._joined, deadline=self._free_since + self._linger_s())
+                await self._wakeups.until(self._joined, deadline=self._free_since + self._linger_s())
                 await self._gather()
             batch = self._take(free_at)
             if batch:
@@ -264,7 +214,7 @@ class Batcher:
                 self._computing[compute] = monotonic(), len(batch)
                 compute.add_done_callback(self._finished)
             else:
-                self._wake()  # the queue is empty now, which `close` may be waiting for
+                self._wakeups.look()  # the queue is empty now, which `close` may be waiting for
 
     async def _gather(self) -> None:
         """Wait for those on their way, until none is, there is no room, or it is no longer worth it."""
@@ -274,7 +224,7 @@ class Batcher:
             deadline = begin + self._window_s(size)
             if deadline <= monotonic():
                 return
-            await self._until(partial(self._grown, size), deadline=deadline)
+            await self._wakeups.until(partial(self._grown, size), deadline=deadline)
 
     def _may_start(self) -> bool:
         waiting, computing = len(self._queue), len(self._computing)
@@ -325,26 +275,34 @@ class Batcher:
             for job in self._queue.pop(self.max_batch - len(batch)):
                 if job.wanted and back >= job.deadline:
                     job.fail(DeadlineExceededError("the deadline was too near when the engine became free"))
-                if not job.wanted:
-                    job.image = None
-                    self._observer.dropped("engine", job.unwanted_because)
-                else:
+                if self._keep(job):
                     job.ready_at = max(job.queued_at, free_at)
                     batch.append(job)
         return batch
 
+    def _keep(self, job: Job) -> bool:
+        """Whether somebody still waits for it; else it is dropped."""
+        if job.wanted:
+            return True
+        job.image = None
+        self._observer.dropped("engine", job.unwanted_because)
+        return False
+
     async def _compute(self, batch: list[Job]) -> None:
         """Run a batch; when it fails, halve it until only the guilty images fail."""
+        # Between taking a batch and this, or in the other half of one that failed, deadlines pass and clients leave.
+        batch = [job for job in batch if self._keep(job)]
+        if not batch:
+            return
         started = monotonic()
         images = [job.image for job in batch if job.image is not None]
         try:
             async with asyncio.timeout(self._engine_timeout_s):
                 predictions = await self._engine.predict(images)
-            self._check(predictions, len(batch))
+            predictions.check(len(batch))
         except Exception as error:  # noqa: BLE001  whatever an engine raises must not end the loop
             for half in self._failed(batch, error):
-                if alive := [job for job in half if job.wanted]:
-                    await self._compute(alive)
+                await self._compute(half)
         else:
             self._deliver(batch, predictions, started)
 
@@ -364,7 +322,7 @@ class Batcher:
         try:
             predictions = running.result()
             if predictions is not None:
-                self._check(predictions, 1)
+                predictions.check(1)
         except Exception as error:  # noqa: BLE001  as of a batch
             self._lone_failed(lone, error)
             return
@@ -383,15 +341,6 @@ class Batcher:
         else:
             self._finished(lone)
 
-    def _lone_overdue(self, lone: LoneImage) -> None:
-        """It has taken long: the engine does not answer, unless it was the decoding."""
-        left_s = (lone.begun or monotonic()) + self._engine_timeout_s - monotonic()
-        if left_s > 0:
-            lone.timer = self._loop.call_later(left_s, self._lone_overdue, lone)
-        else:
-            lone.given_up = True
-            self._lone_failed(lone, TimeoutError())
-
     def _failed(self, batch: list[Job], error: Exception) -> tuple[list[Job], ...]:
         """Tell whom it concerns that a batch failed; what is worth another try: of more than one image the halves."""
         if isinstance(error, TimeoutError):
@@ -404,18 +353,10 @@ class Batcher:
         if len(batch) > 1:
             log.warning("a batch of %d failed and is halved: %s", len(batch), error)
             return batch[: len(batch) // 2], batch[len(batch) // 2 :]
-        unexpected = not isinstance(error, EngineError)
-        log.error("the engine failed on an image: %s", error, exc_info=error if unexpected else None)
+        unforeseen = None if isinstance(error, EngineError) else error
+        log.error("the engine failed on an image: %s", error, exc_info=unforeseen)
         batch[0].fail(EngineFailedError("the engine failed on this image; other images are not affected"))
         return ()
-
-    @staticmethod
-    def _check(predictions: Predictions, count: int) -> None:
-        rows = {len(array) for array in predictions}
-        if rows != {count}:
-            raise EngineError(f"the engine answered {sorted(rows)} rows for {count} images")
-        if not np.isfinite(predictions.probabilities_BT).all():
-            raise EngineError("the engine's answer is not a number")
 
     def _deliver(self, batch: list[Job], predictions: Predictions, started: float) -> None:
         now = monotonic()
@@ -424,57 +365,35 @@ class Batcher:
         self._observer.batch_done(len(batch), now - started)
         for row, job in enumerate(batch):
             job.image = None
-            if not job.wanted:
-                continue
-            job.answer.set_result(
-                Answer(
-                    probabilities_T=predictions.probabilities_BT[row],
-                    classes_T=predictions.classes_BT[row],
-                    scores_C=predictions.scores_BC[row],
-                    queue_s=job.ready_at - job.queued_at,
-                    batch_s=started - job.ready_at,
-                    infer_s=now - started,
-                    batch_size=len(batch),
+            if job.wanted:
+                job.answer.set_result(
+                    Answer(
+                        probabilities_T=predictions.probabilities_BT[row],
+                        classes_T=predictions.classes_BT[row],
+                        scores_C=predictions.scores_BC[row],
+                        queue_s=job.ready_at - job.queued_at,
+                        batch_s=started - job.ready_at,
+                        infer_s=now - started,
+                        batch_size=len(batch),
+                    )
                 )
-            )
 
     def _die(self, kind: str, because: str, batch: list[Job]) -> None:
         """Fail everything that waits, refuse what comes, and say so once."""
         self._observer.batch_failed(kind)
-        first, self.dead_because = not self.dead_because, f"{because}; it is being rebuilt"
-        for job in [*batch, *self._queue.pop(len(self._queue))]:
-            job.fail(NotReadyError(self.dead_because, retry_after_s=5))
-        if first:
+        if not self.dead_because:
             self._on_dead(because)
+        self._refuse(f"{because}; it is being rebuilt", batch)
+
+    def _refuse(self, because: str, batch: list[Job]) -> None:
+        """Answer a batch, all that waits, and all that comes from now on, with the reason why nothing is computed."""
+        self.dead_because = because
+        for job in [*batch, *self._queue.pop(len(self._queue))]:
+            job.fail(NotReadyError(because, retry_after_s=5))
 
     def _finished(self, computed: asyncio.Task[None] | LoneImage) -> None:
         if self._lone is computed:
             self._lone = None
         _, self._answered = self._computing.pop(computed)
         self._free_since, self._come = monotonic(), 0
-        self._wake()
-
-    async def _until(self, condition: Callable[[], bool], *, deadline: float | None = None) -> None:
-        """Wait until the condition holds or the deadline passes; looked at whenever something changes."""
-        if condition() or (deadline is not None and deadline <= monotonic()):
-            return
-        wakeup = self._loop.create_future()
-        timer = None if deadline is None else self._loop.call_later(deadline - monotonic(), self._set, wakeup)
-        waiter = (condition, wakeup)
-        self._waiters.append(waiter)
-        try:
-            await wakeup
-        finally:
-            self._waiters.remove(waiter)
-            if timer is not None:
-                timer.cancel()
-
-    def _wake(self) -> None:
-        for condition, wakeup in self._waiters:
-            if condition():
-                self._set(wakeup)
-
-    @staticmethod
-    def _set(wakeup: asyncio.Future[None]) -> None:
-        if not wakeup.done():
-            wakeup.set_result(None)
+        self._wakeups.look()

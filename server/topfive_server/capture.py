@@ -18,40 +18,52 @@ class Gate:
     """Many batches at a time, or one capture."""
 
     def __init__(self, *, patience_s: float = 5.0) -> None:
-        """A capture that has waited for `patience_s` goes ahead: a batch that hangs must not stop a new engine, too."""
+        """What takes longer than `patience_s` is waited for no longer: one engine that hangs must not stop the others."""
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        self._batches = 0
-        self._capturing = False
+        self._batches: dict[object, float] = {}
+        self._captures: dict[object, float] = {}
+        """Those under way, and when each began, on the monotonic clock."""
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
         """A batch: not during a capture."""
+        batch = object()
         with self._changed:
-            self._changed.wait_for(lambda: not self._capturing)
-            self._batches += 1
+            self._wait_for(self._captures, "the capture of a CUDA graph")
+            self._batches[batch] = monotonic()
         try:
             yield
         finally:
-            with self._changed:
-                self._batches -= 1
-                self._changed.notify_all()
+            self._end(self._batches, batch)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """A capture, and the allocations before it: nothing beside it."""
-        end = monotonic() + self._patience_s
+        capture = object()
         with self._changed:
-            self._changed.wait_for(lambda: not self._capturing)
-            self._capturing = True
-            if not self._changed.wait_for(lambda: not self._batches, max(0.0, end - monotonic())):
-                log.warning("a batch has not come back; a CUDA graph is captured beside it")
+            self._wait_for(self._captures, "the capture of a CUDA graph")
+            # Nobody begins any more; it begins when those who have are done, which is given as long again.
+            self._captures[capture] = monotonic() + self._patience_s
+            self._wait_for(self._batches, "a batch")
+            self._captures[capture] = monotonic()
         try:
             yield
         finally:
-            with self._changed:
-                self._capturing = False
-                self._changed.notify_all()
+            self._end(self._captures, capture)
+
+    def _wait_for(self, others: dict[object, float], what: str) -> None:
+        """Until they have ended, or the last to begin has taken too long: then they are forgotten."""
+        while others and (left_s := max(others.values()) + self._patience_s - monotonic()) > 0:
+            self._changed.wait(left_s)
+        if others:
+            log.warning("%s has not ended within %g s; it is waited for no longer", what, self._patience_s)
+            others.clear()
+
+    def _end(self, among: dict[object, float], one: object) -> None:
+        with self._changed:
+            among.pop(one, None)
+            self._changed.notify_all()
 
 
 GATE = Gate()

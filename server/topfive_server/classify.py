@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 
 from topfive_server.admission import Admission, Ticket
-from topfive_server.batcher import Arrival, Batcher
+from topfive_server.arrival import Arrival
+from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
@@ -91,15 +92,16 @@ class ClassifyEndpoint:
     async def _classify(self, exchange: Exchange, receive: Receive) -> None:
         wish = read_wish(exchange, self._config)
         deadline = exchange.started + wish.timeout_s
-        arrival = self._admit(exchange, wish)
-        with self._admission.ticket(self._retry_after(wish)) as ticket:
+        model = self._models.pick(wish.model, wish.version)
+        arrival = self._admit(exchange, wish, model)
+        with self._admission.ticket(self._retry_after(model)) as ticket:
             try:
                 try:
                     uploads = await self._receive(exchange, receive, ticket, wish)
                 finally:
                     exchange.timings["receive"] = monotonic() - exchange.started
-                # Looked up again: a hot reload may have happened while the body came in.
-                model = self._models.get(wish.model, wish.version)
+                # A hot reload may have happened while the body came in.
+                model = self._models.pick(wish.model, wish.version, before=model)
                 exchange.model, exchange.version = model.info.name, model.info.version
                 begun = monotonic()
                 left_s = deadline - begun if wish.has_deadline else float("inf")
@@ -144,9 +146,8 @@ class ClassifyEndpoint:
         exchange.images = len(uploads)
         return uploads
 
-    def _admit(self, exchange: Exchange, wish: Wish) -> Arrival:
+    def _admit(self, exchange: Exchange, wish: Wish, model: ServedModel) -> Arrival:
         """Refuse before the body is read what could not be served."""
-        model = self._models.get(wish.model, wish.version)
         if self.draining:
             raise DrainingError("the server is shutting down; send the request to another", retry_after_s=1)
         if not model.health.ready:
@@ -158,7 +159,7 @@ class ClassifyEndpoint:
             raise TooLargeError(
                 f"the body has {length:,} bytes; the limit is {self._config.max_body_bytes:,}"
             )
-        self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(wish))
+        self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(model))
         model.refuse_a_long_wait(wish.priority, exchange.scope.get(SINCE_ANSWER))
         if wish.has_deadline:
             self._refuse_if_late(model, 1, wish.timeout_s - self._receive_s.or_zero())
@@ -233,20 +234,12 @@ class ClassifyEndpoint:
             raise first_error
         await exchange.answer_problem(first_error, images=images)
 
-    def _retry_after(self, wish: Wish) -> Callable[[], float]:
+    def _retry_after(self, model: ServedModel) -> Callable[[], float]:
         """Seconds until the queue has drained, at the measured rate."""
-
-        def seconds() -> float:
-            try:
-                batcher = self._models.get(wish.model, wish.version).batcher
-            except RequestError:
-                return 5.0
-            return self._seconds_until_answered(batcher, 0)
-
-        return seconds
+        return lambda: self._seconds_until_answered(model.batcher, 0)
 
     def _seconds_until_answered(self, batcher: Batcher, images: int) -> float:
-        seconds = batcher.seconds_until_answered(images)
+        seconds = batcher.forecast.seconds_until_answered(images)
         return seconds if batcher.counts_decoding else seconds + self._decode_s.or_zero()
 
 

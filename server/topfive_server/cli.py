@@ -1,7 +1,6 @@
 """`topfive serve`."""
 
 import asyncio
-import contextlib
 import gc
 import logging
 import resource
@@ -23,6 +22,7 @@ from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.parent import run_processes
 from topfive_server.reload import Reloader, ReloadPolicy
+from topfive_server.served_model import close_all
 from topfive_server.serving import Loader, Offer, StartError, computing, make_traces
 from topfive_server.session import RuntimeOptions
 
@@ -118,9 +118,7 @@ async def run(
     finally:
         if watch is not None:
             watch.cancel()
-        for model in list(models):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(model.close(), 5)
+        await close_all(models)
         pool.close()
 
 

@@ -56,6 +56,18 @@ class Predictions(NamedTuple):
     scores_BC: NDArray[np.float32]
     """Softmax probabilities of all classes, in class order."""
 
+    def check(self, count: int) -> None:
+        """Believe no engine that answers another number of images than it was given, or with what is no number.
+
+        Raises:
+            EngineError: it does.
+        """
+        rows = {len(array) for array in self}
+        if rows != {count}:
+            raise EngineError(f"the engine answered {sorted(rows)} rows for {count} images")
+        if not np.isfinite(self.probabilities_BT).all():
+            raise EngineError("the engine's answer is not a number")
+
 
 Decode: TypeAlias = Callable[[], NDArray[np.uint8] | None]
 """Makes an image, as `Engine.predict` takes it; None when there is none to compute."""

@@ -1,9 +1,11 @@
 """How long will a batch take? Admission, Retry-After and the patience of the batcher rest on it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
-from typing import Final
+from typing import Any, Final
+
+from topfive_server.job import Priority, Queue
 
 
 class BatchTimes:
@@ -45,6 +47,71 @@ class BatchTimes:
         """Seconds that this many images take, in full batches and a rest."""
         full, rest = divmod(images, max_batch)
         return full * self.predict(max_batch) + (self.predict(rest) if rest else 0.0)
+
+
+class Forecast:
+    """How long images wait for an engine: what was measured, times what is before them. It looks, and changes nothing."""
+
+    def __init__(
+        self,
+        times: BatchTimes,
+        *,
+        queue: Queue,
+        expected: Mapping[Priority, int],
+        computing: Mapping[Any, tuple[float, int]],
+        max_batch: int,
+        parallel: int,
+        decode_s: Callable[[], float],
+    ) -> None:
+        """What is handed over stays the batcher's.
+
+        Args:
+            times: of batches.
+            queue: decoded images that wait.
+            expected: images that will be queued, by priority.
+            computing: batches handed to the engine: when, and how many images.
+            max_batch: most images of one.
+            parallel: batches that the engine computes at a time.
+            decode_s: seconds for which decoding an image keeps the engine from computing.
+        """
+        self._times = times
+        self._queue = queue
+        self._expected = expected
+        self._computing = computing
+        self._max_batch = max_batch
+        self._parallel = parallel
+        self._decode_s = decode_s
+
+    def seconds_until_answered(self, images: int = 1) -> float:
+        """For images that are handed in now: what is before them, then themselves."""
+        return self._seconds(len(self._queue), sum(self._expected.values()) + images)
+
+    def seconds_of_wait(self, priority: Priority) -> float:
+        """What is before an image that is handed in now: the batches that must end first."""
+        return self._seconds(self._queue.before(priority), self._expected_before(priority))
+
+    def images_before(self, priority: Priority) -> int:
+        """Images that are answered before one that is handed in now, those that are being computed included."""
+        computing = sum(size for _, size in self._computing.values())
+        return self._queue.before(priority) + self._expected_before(priority) + computing
+
+    @property
+    def full_batch_s(self) -> float:
+        """A full batch, with the decoding of its images where nothing computes meanwhile."""
+        return self._times.predict(self._max_batch) + self._max_batch * self._decode_s()
+
+    def _expected_before(self, priority: Priority) -> int:
+        people = self._expected["interactive"]
+        return people if priority == "interactive" else sum(self._expected.values())
+
+    def _seconds(self, decoded: int, undecoded: int) -> float:
+        """Until the engine has computed what it has, and so many images more."""
+        now = monotonic()
+        running = sum(
+            max(self._times.predict(size) - (now - since), 0) for since, size in self._computing.values()
+        )
+        more = self._times.predict_queue(decoded + undecoded, self._max_batch)
+        return (running + more) / self._parallel + undecoded * self._decode_s()
 
 
 class Average:

@@ -108,8 +108,15 @@ class Everywhere:
         self._patience_s = patience_s
         self._changing = asyncio.Lock()
         """Held while what is in service changes, and while a worker that came back is given all of it."""
-        self.reloader = _Reloader(find=find, load=self.load, models=self.versions, policy=policy, count=count)
-        self.reloader.before, self.reloader.after = self.ask_health, self._tell_canaries
+        self.reloader = Reloader(
+            find=find,
+            load=self.load,
+            models=self.versions,
+            policy=policy,
+            count=count,
+            before=self.ask_health,
+            after=self._tell_canaries,
+        )
 
     async def load(self, version: ModelVersion) -> None:
         """Bring a version into service in every worker, or in none.
@@ -186,23 +193,3 @@ class Everywhere:
         async with self._changing:
             canaries = self.versions.shares()
             await asyncio.gather(*(worker.tell("canaries", canaries=canaries) for worker in self._serving()))
-
-
-class _Reloader(Reloader):
-    """A reloader that hears of the workers' health before it looks, and tells them of canaries afterwards."""
-
-    before: Callable[[], Awaitable[None]]
-    after: Callable[[], Awaitable[None]]
-
-    async def look(self, *, settled_only: bool = False) -> list[dict[str, Any]]:
-        """See `Reloader`."""
-        await self.before()
-        rows = await super().look(settled_only=settled_only)
-        await self.after()
-        return rows
-
-    async def set_canary(self, name: str, share: float) -> list[dict[str, Any]]:
-        """See `Reloader`."""
-        rows = await super().set_canary(name, share)
-        await self.after()
-        return rows

@@ -7,7 +7,7 @@ Shapes: T top classes, C classes.
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,19 @@ class Job:
         """Nobody waits for the answer any more; the pixels are not kept until their turn."""
         self.image = None
         self.answer.cancel()
+
+
+class Observer(Protocol):
+    """What the metrics are told of images and batches."""
+
+    def batch_done(self, size: int, seconds: float) -> None:
+        """A batch came back from the engine."""
+
+    def batch_failed(self, kind: str) -> None:
+        """The engine failed: `error`, `out-of-memory`, `dead` or `hung`."""
+
+    def dropped(self, stage: str, reason: str) -> None:
+        """An image was dropped before `decode` or before the `engine`; `client-gone` or `deadline`."""
 
 
 class Queue:

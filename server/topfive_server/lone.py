@@ -82,3 +82,12 @@ class LoneImage:
         """Do not compute it at once: it is to join others. Whether that was in time."""
         self.shared = self._decided.acquire(blocking=False)
         return self.shared
+
+    def watch(self, loop: "asyncio.AbstractEventLoop", timeout_s: float, overdue: Callable[[], None]) -> None:
+        """Call `overdue` when the engine has not answered for so long; what decoding took is not its fault."""
+        left_s = (self.begun or monotonic()) + timeout_s - monotonic()
+        if left_s > 0:
+            self.timer = loop.call_later(left_s, self.watch, loop, timeout_s, overdue)
+        else:
+            self.given_up = True
+            overdue()

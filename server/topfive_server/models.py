@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from topfive_server.errors import NotReadyError, UnknownModelError
-from topfive_server.repository import shorten
+from topfive_server.repository import oldest_first, shorten
 from topfive_server.served_model import ServedModel
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Models:
     def __iter__(self) -> Iterator[ServedModel]:
         """Every version, by name and then oldest first."""
         for name in sorted(self._versions):
-            yield from (self._versions[name][version] for version in self._sorted(name))
+            yield from (self._versions[name][version] for version in oldest_first(self._versions[name]))
 
     def default_name(self) -> str:
         """Name of the model that answers when none is named; empty when there is none."""
@@ -56,12 +56,10 @@ class Models:
     def is_default(self, model: ServedModel) -> bool:
         """Whether it answers requests that name neither model nor version."""
         name = self.default_name()
-        canary = self.canaries.get(name)
-        default = self._sorted(name)[-1] if canary is None else canary.stable
-        return model.info.name == name and default == model.info.version
+        return model.info.name == name and model.info.version == self._default_version(name)
 
     def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
-        """The version that answers: by default the newest of the default model, or its canary.
+        """The version of that name; by default the newest of the default model that is not on trial.
 
         Raises:
             UnknownModelError: no such model or version is in service.
@@ -75,15 +73,34 @@ class Models:
             raise UnknownModelError(
                 f"there is no model {shorten(wanted)}; in service: {', '.join(sorted(self._versions))}"
             )
-        if version is None and (canary := self.canaries.get(wanted)) is not None:
-            return versions[canary.pick()]
         if version is None:
-            return versions[self._sorted(wanted)[-1]] if len(versions) > 1 else next(iter(versions.values()))
+            return versions[self._default_version(wanted)]
         if version not in versions:
             raise UnknownModelError(
-                f"model {wanted} has no version {shorten(version)}; in service: {', '.join(self._sorted(wanted))}"
+                f"model {wanted} has no version {shorten(version)}; in service: {', '.join(oldest_first(versions))}"
             )
         return versions[version]
 
-    def _sorted(self, name: str) -> list[str]:
-        return sorted(self._versions[name], key=lambda version: (len(version), version))
+    def pick(
+        self, name: str | None = None, version: str | None = None, *, before: ServedModel | None = None
+    ) -> ServedModel:
+        """The version that answers a request: as `get`, but a canary gets its share.
+
+        `before`: what was picked for the same request, which has been arriving since. It stays, unless it has gone out
+        of service: a canary counts a request once, and who was let in by one version is answered by it.
+
+        Raises:
+            UnknownModelError, NotReadyError: as `get`.
+        """
+        if before is not None:
+            info = before.info
+            if self._versions.get(info.name, {}).get(info.version) is before:
+                return before
+        if version is None and self.canaries:
+            canary = self.canaries.get(self.default_name() if name is None else name)
+            version = None if canary is None else canary.pick()
+        return self.get(name, version)
+
+    def _default_version(self, name: str) -> str:
+        canary = self.canaries.get(name)
+        return oldest_first(self._versions[name])[-1] if canary is None else canary.stable

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -129,6 +128,4 @@ def split(images_BHWC: NDArray[np.uint8], *, threads: int, most: int) -> Sequenc
     if busiest < _LEAST or 1 - count / (threads * busiest) > _MOST_IDLE:
         return [images_BHWC]
     number = min(threads * -(-busiest // most), count)
-    smaller, larger = divmod(count, number)
-    sizes = [smaller + 1] * larger + [smaller] * (number - larger)
-    return [images_BHWC[begin:end] for begin, end in pairwise(np.cumsum([0, *sizes]))]
+    return np.array_split(images_BHWC, number)

@@ -33,7 +33,7 @@ from topfive_server.oip_codec import (
     encode_response,
     parse_request,
 )
-from topfive_server.oip_compute import compute, find_model, interface_of, priority_of, stack
+from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, priority_of, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.receive import ClientGoneError, Receive, read_body
 from topfive_server.served_model import ServedModel
@@ -174,13 +174,13 @@ class OpenInference:
         return _Reply.json(rows)
 
     async def _infer(self, exchange: Exchange, receive: Receive, name: str, version: str | None) -> _Reply:
-        model = find_model(self._models, name, version)
+        model = pick_model(self._models, name, version)
         if self.refusing or not model.health.ready:
             reason = "the server is shutting down" if self.refusing else model.health.reason
             raise NotReadyError(f"model '{name[:80]}' is not ready: {reason}", retry_after_s=5)
 
         def retry_after_s() -> float:
-            return model.batcher.seconds_until_answered()
+            return model.batcher.forecast.seconds_until_answered()
 
         # What can't be admitted anyway is refused before its body is read.
         self._admission.check(expected_bytes=0, retry_after_s=retry_after_s)
@@ -189,8 +189,8 @@ class OpenInference:
                 request = await self._receive(exchange, receive, ticket, model)
             finally:
                 exchange.timings["receive"] = monotonic() - exchange.started
-            # Looked up again: a hot reload may have happened while the body came in.
-            model = find_model(self._models, name, version)
+            # A hot reload may have happened while the body came in.
+            model = pick_model(self._models, name, version, before=model)
             exchange.model, exchange.version = model.info.name, model.info.version
             statistics = self.statistics.setdefault((model.info.name, model.info.version), Statistics())
             try:

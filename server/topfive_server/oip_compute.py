@@ -1,7 +1,8 @@
 """From a parsed request of the Open Inference Protocol to its answers, through the batcher; for REST and gRPC."""
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,13 +70,31 @@ def priority_of(request: InferRequest) -> Priority:
 
 
 def find_model(models: Models, name: str, version: str | None) -> ServedModel:
-    """The model version in service.
+    """The model version in service; `Models.get`.
 
     Raises:
         ProtocolError: there is none, in the words that Triton uses.
     """
-    try:
+    with _as_triton_says(name, version):
         return models.get(name, version)
+
+
+def pick_model(
+    models: Models, name: str, version: str | None, *, before: ServedModel | None = None
+) -> ServedModel:
+    """The model version that answers an inference; `Models.pick`.
+
+    Raises:
+        ProtocolError: as `find_model`.
+    """
+    with _as_triton_says(name, version):
+        return models.pick(name, version, before=before)
+
+
+@contextlib.contextmanager
+def _as_triton_says(name: str, version: str | None) -> Iterator[None]:
+    try:
+        yield
     except UnknownModelError:
         which = f"'{name[:80]}'" + (f" version {version[:20]}" if version is not None else "")
         raise ProtocolError(f"Request for unknown model: {which} is not found", 404) from None

@@ -23,8 +23,9 @@ from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.oip import EXTENSIONS, OpenInference
 from topfive_server.oip_codec import ProtocolError, describe_output, parse_message, to_binary
-from topfive_server.oip_compute import compute, find_model, interface_of, stack
+from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
+from topfive_server.repository import oldest_first
 from topfive_server.session import one_line
 
 if TYPE_CHECKING:
@@ -106,9 +107,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         async def answer(request: Any) -> Any:
             model = find_model(self._models, request.name, request.version or None)
             versions = (
-                [request.version]
-                if request.version
-                else sorted(self._models.versions(model.info.name), key=int)
+                [request.version] if request.version else oldest_first(self._models.versions(model.info.name))
             )
             record = model_metadata(interface_of(model, self._config), versions)
             return ParseDict(record, service_pb2.ModelMetadataResponse())
@@ -164,12 +163,12 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
 
     async def _infer(self, message: Any, jobs: "list[Job]") -> Any:
         started = monotonic()
-        model = find_model(self._models, message.model_name, message.model_version or None)
+        model = pick_model(self._models, message.model_name, message.model_version or None)
         if self._rest.refusing or not model.health.ready:
             raise NotReadyError(f"model '{model.info.name}' is not ready", retry_after_s=5)
         interface = interface_of(model, self._config)
         request = parse_message(_as_header(message), b"".join(message.raw_input_contents), interface)
-        with self._admission.ticket(model.batcher.seconds_until_answered) as ticket:
+        with self._admission.ticket(model.batcher.forecast.seconds_until_answered) as ticket:
             ticket.add_bytes(request.images_NHWC.nbytes)
             ticket.add_images(len(request.images_NHWC))
             key = model.info.name, model.info.version

@@ -13,7 +13,9 @@ import asyncio
 import contextlib
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
@@ -74,10 +76,7 @@ class OnnxEngine:
         # Hashing 244 MB takes as long as a few batches; the session takes longer to open.
         with ThreadPoolExecutor(1, thread_name_prefix="fingerprint") as pool:
             fingerprint = pool.submit(model.fingerprint)
-            if device.kind == "cpu":
-                self._network = open_network(model, device, options)
-            else:
-                self._session = open_session(model, device, options)
+            open_lane = _open(model, device, options, side)
         self._device = device
         self._side = side
         self.info = EngineInfo(
@@ -102,6 +101,10 @@ class OnnxEngine:
         self._closed = False
         # One warm-up job for each lane, not two for the same one.
         self._all_lanes = threading.Barrier(len(self._queues))
+        self._openers = {
+            lane: partial(open_lane, lane, self._sizes(lane)) for lane in range(len(self._queues))
+        }
+        """Of each lane that may still be opened: with the last one the model leaves the device."""
         self._ended: list[Future[None]] = [Future() for _ in self._queues]
         for lane in range(len(self._queues)):
             # Daemons: a hung device must not keep the process from ending.
@@ -175,18 +178,19 @@ class OnnxEngine:
                 # Buffers and graphs are made in the thread that uses them: ONNX Runtime keeps CUDA graphs by thread.
                 if lane is None:
                     with self._gate(captures=True):
-                        lane = self._make_lane(number)
+                        lane = self._openers[number]()
                 self._perform(number, lane, job)
             except Exception as error:  # noqa: BLE001  ONNX Runtime raises types of its own; the caller gets ours
                 failure = engine_error(error)
                 if isinstance(failure, EngineDead):
                     self._dead = str(failure)
-                job.set_exception(failure)
+                # Its frames would keep the lane, and with it the model, for as long as somebody keeps the error.
+                job.set_exception(failure.with_traceback(None))
             # Nothing of this batch stays alive while the thread waits for the next.
             del job
         if lane is not None:
             lane.release()
-        del lane
+        del lane, self._openers[number]
         self._ended[number].set_result(None)
 
     def _perform(self, number: int, lane: Lane, job: _Job | _LoneJob) -> None:
@@ -202,19 +206,6 @@ class OnnxEngine:
         if number == _LANES:
             return (1,)
         return self.info.buckets or (1, self.info.max_batch)
-
-    def _make_lane(self, number: int) -> Lane:
-        sizes = self._sizes(number)
-        if self._device.kind == "cpu":
-            return HostLane(self._network, max_batch=sizes[-1], side=self._side)
-        return DeviceLane(
-            self._session,
-            buckets=sizes,
-            side=self._side,
-            memory="cuda",
-            index=self._device.index,
-            first_graph=1 + number * len(self.info.buckets),
-        )
 
     def _gate(self, *, captures: bool) -> contextlib.AbstractContextManager[None]:
         """What keeps a capture apart from everything else that this process does on GPUs."""
@@ -249,3 +240,26 @@ class OnnxEngine:
         for batch in sizes:
             predictions = self._run(lane, images[:batch])
         return predictions
+
+
+def _open(
+    model: ModelVersion, device: Device, options: RuntimeOptions, side: int
+) -> Callable[[int, tuple[int, ...]], Lane]:
+    """Open a model; gives what opens a lane of it, by the lane's number and the sizes of its batches.
+
+    Raises:
+        DeviceError, EngineError: as `open_session`.
+    """
+    if device.kind == "cpu":
+        network = open_network(model, device, options)
+        return lambda _, sizes: HostLane(network, max_batch=sizes[-1], side=side)
+    session = open_session(model, device, options)
+    graphs = len(make_buckets(options.batch_limit(device)))
+    return lambda number, sizes: DeviceLane(
+        session,
+        buckets=sizes,
+        side=side,
+        memory="cuda",
+        index=device.index,
+        first_graph=1 + number * graphs,
+    )

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from topfive_server.reload import ReloadPolicy
 from topfive_server.serving import Offer, StartError, computing
 from topfive_server.session import RuntimeOptions
 from topfive_server.shares import Share, divide
-from topfive_server.sums import Snapshot, Sums, snapshot
+from topfive_server.sums import Process, Snapshot, Sums, snapshot
 from topfive_server.whole import together
 from topfive_server.worker import OBEYED
 
@@ -202,7 +203,7 @@ class Parent:
             await worker.bury()
             if self._draining is not None:
                 return
-            self._sums.departed(worker.number)
+            self._sums.departed(Process(worker.number, worker.pid))
             log.error(
                 "worker %d has ended%s; its requests under way are lost", worker.number, _how_it_ended(worker)
             )
@@ -263,10 +264,14 @@ class Parent:
 
     async def metrics(self) -> str:
         """The exposition text of all."""
+        # Before they answer: one may end meanwhile, and another take its place.
+        asked = {worker.number: Process(worker.number, worker.pid) for worker in self._workers.values()}
         answers = await self._from_all("metrics")
-        snapshots: dict[int, Snapshot] = {n: rows for n, rows in answers.items() if not isinstance(rows, str)}
+        snapshots: dict[Process, Snapshot] = {
+            asked[number]: rows for number, rows in answers.items() if not isinstance(rows, str)
+        }
         all_there = len(snapshots) == len(self._shares) and self._draining is None
-        snapshots[0] = snapshot(self._metrics.registry)
+        snapshots[Process(0, os.getpid())] = snapshot(self._metrics.registry)
         return self._sums.render(snapshots, all_there=all_there).decode()
 
     async def report(self) -> list[dict[str, Any]]:

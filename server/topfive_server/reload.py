@@ -17,11 +17,16 @@ from topfive_server.canary import Canary
 from topfive_server.devices import Device, DeviceError
 from topfive_server.engine import EngineError, EngineInfo
 from topfive_server.errors import RequestError
-from topfive_server.repository import ModelVersion, Repository, RepositoryError
+from topfive_server.repository import ModelVersion, Repository, RepositoryError, oldest_first
 from topfive_server.session import one_line
 from topfive_server.variants import Choice, Refused, Wanted, choose
 
 log = logging.getLogger(__name__)
+
+
+async def _nothing() -> None:
+    """What happens around a change where there is one process."""
+
 
 Key: TypeAlias = tuple[str, str]
 """Name and version, as clients know them."""
@@ -119,6 +124,8 @@ class Reloader:
         models: Registry,
         policy: ReloadPolicy,
         count: Callable[[str], None] = lambda _result: None,
+        before: Callable[[], Awaitable[None]] = _nothing,
+        after: Callable[[], Awaitable[None]] = _nothing,
     ) -> None:
         """Nothing happens until `look` or `watch`.
 
@@ -128,12 +135,16 @@ class Reloader:
             models: what is in service.
             policy: how many versions stay, and how a new one takes over.
             count: told `loaded`, `refused`, `removed` or `rolled-back` for the metrics.
+            before: awaited before every look, which heeds each version's `health`.
+            after: awaited when canaries or their shares may have changed.
         """
         self._find = find
         self._load = load
         self._models = models
         self._policy = policy
         self._count = count
+        self._before = before
+        self._after = after
         self._lock = asyncio.Lock()
         self._seen: dict[Key, Signature] = {}
         """Files of each version at the last look, to tell a copy under way from one that is complete."""
@@ -164,6 +175,7 @@ class Reloader:
         Raises:
             RepositoryError: the folder cannot be read or is empty; nothing has changed.
         """
+        await self._before()
         async with self._lock:
             self._roll_back_dead_canaries()
             found = await asyncio.to_thread(self._find)
@@ -184,6 +196,7 @@ class Reloader:
             self._seen = signatures
             there = {*signatures, *((r.name, r.version) for r in found.refused)}
             self._refused = {key: row for key, row in self._refused.items() if key in there}
+        await self._after()
         return self.status()
 
     async def set_canary(self, name: str, share: float) -> list[dict[str, Any]]:
@@ -206,6 +219,7 @@ class Reloader:
                 self._retire(name)
             else:
                 canary.share = share
+        await self._after()
         return self.status()
 
     async def report(self) -> list[dict[str, Any]]:
@@ -216,7 +230,7 @@ class Reloader:
         """Every version in service or refused: `{model, version, state, share, reason}`."""
         rows: list[dict[str, Any]] = []
         for name in self._models.names():
-            versions = sorted(self._models.versions(name), key=int)
+            versions = oldest_first(self._models.versions(name))
             canary = self._models.canaries.get(name)
             for version in versions:
                 share = float(version == versions[-1])
@@ -253,7 +267,7 @@ class Reloader:
                 continue
             if name in self._models.canaries and key[1] != self._models.canaries[name].version:
                 continue  # one trial at a time
-            stable = max(self._models.versions(name), key=int, default=None)
+            stable = next(reversed(oldest_first(self._models.versions(name))), None)
             as_canary = (
                 self._policy.canary_share > 0
                 and stable is not None
@@ -293,7 +307,7 @@ class Reloader:
 
     def _retire(self, name: str) -> None:
         """Take out of service what is older than the versions to keep; a canary is beside them, not one of them."""
-        versions = sorted(self._models.versions(name), key=int)
+        versions = oldest_first(self._models.versions(name))
         canary = self._models.canaries.get(name)
         settled = [version for version in versions if canary is None or version != canary.version]
         for version in settled[: -self._policy.keep]:
@@ -305,7 +319,7 @@ class Reloader:
             there = {choice.version.version for choice in offered.get(name, [])}
             versions = self._models.versions(name)
             others = any(other != name and other in offered for other in self._models.names())
-            for version in sorted(versions, key=int):
+            for version in oldest_first(versions):
                 refused = (name, version) in self._refused
                 last = len(self._models.versions(name)) == 1 and not (others and not offered.get(name))
                 if version not in there and not refused and not last:

@@ -11,6 +11,7 @@ import enum
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -163,7 +164,7 @@ class Repository:
                 f"the model folder {error.filename or self.root / name} cannot be read ({error.strerror}); "
                 "check its permissions"
             ) from error
-        return sorted(found, key=int)
+        return oldest_first(found)
 
     def read(self, name: str, version: str | None = None) -> ModelVersion:
         """Read and validate one version's description; the newest when `version` is None.
@@ -210,6 +211,11 @@ class Repository:
                 except UnknownModelError:  # removed while we looked
                     continue
         return good, broken
+
+
+def oldest_first(versions: Iterable[str]) -> list[str]:
+    """Versions of a model in their order, which is that of the numbers: the last is the newest."""
+    return sorted(versions, key=int)
 
 
 def shorten(text: str, limit: int = 80) -> str:

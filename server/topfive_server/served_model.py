@@ -7,7 +7,7 @@ when nobody asks, the golden image, whose answer must not have changed since the
 import asyncio
 import io
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
@@ -22,6 +22,7 @@ from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool, Outcome, Pixels
 from topfive_server.engine import Engine, EngineError, EngineInfo, EngineOutOfMemory
+from topfive_server.engine_life import EngineFactory, close_engine, open_engine
 from topfive_server.errors import RequestError
 from topfive_server.job import Answer, Job, Priority
 from topfive_server.metrics import ModelObserver
@@ -29,16 +30,16 @@ from topfive_server.session import one_line
 
 log = logging.getLogger(__name__)
 
-EngineFactory = Callable[[], Awaitable[Engine]]
-
 FRESH_S: Final = 2.0
 """Seconds for which a batch's success proves readiness; after that a probe sends the golden image."""
 GOLDEN_TOLERANCE: Final = 1e-3
 """Largest difference of a probability at which the golden image's answer counts as unchanged."""
+_GOLDEN_DECODE_S: Final = 5.0
+"""Seconds that the golden image may wait for a decode thread."""
 _REBUILD_PAUSES_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before each attempt to rebuild an engine; the last one repeats."""
-_CLOSE_TIMEOUT_S: Final = 5.0
-"""Seconds that a dead engine is given to release its device; a hung one never will."""
+_WARM_UP_BATCHES: Final = 10
+"""A warm-up hangs that takes as many times `engine_timeout_s`: first times are slow, in more than one lane."""
 
 
 def golden_image() -> bytes:
@@ -96,7 +97,6 @@ class ServedModel:
         self._golden = golden_image()
         self._probe: asyncio.Task[bool] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._closed = False
         self._loops = Loops()
         self._wait_limit = WaitLimit(
             max_wait_s=config.max_wait_ms / 1000, overload_wait_s=config.overload_wait_ms / 1000
@@ -113,12 +113,9 @@ class ServedModel:
         Raises:
             EngineError, RequestError: it does not work; the message says why.
         """
-        engine = await self._build()
-        try:
-            await engine.warm_up()
-        except BaseException:
-            await engine.close()
-            raise
+        engine = await open_engine(
+            self._build, warm_up_timeout_s=_WARM_UP_BATCHES * self._config.engine_timeout_s
+        )
         self._engine = engine
         self.info = engine.info
         self.observer = self._make_observer(engine.info)
@@ -134,7 +131,7 @@ class ServedModel:
             self.batcher.times.calibrate(await self._time_batches())
             await self._send_golden()
         except BaseException:
-            await self._release()
+            await self._release(patience_s=0)
             raise
         self.health.ready, self.health.reason = True, ""
 
@@ -183,9 +180,9 @@ class ServedModel:
         if priority == "interactive":
             batcher = self.batcher
             self._wait_limit.check(
-                batcher.seconds_of_wait(priority),
-                batcher.images_before(priority),
-                full_batch_s=batcher.full_batch_s,
+                batcher.forecast.seconds_of_wait(priority),
+                batcher.forecast.images_before(priority),
+                full_batch_s=batcher.forecast.full_batch_s,
                 max_batch=batcher.max_batch,
                 loops=loops,
             )
@@ -213,23 +210,28 @@ class ServedModel:
             self._probe = self._loop.create_task(self._probe_golden())
         return await asyncio.shield(self._probe)
 
-    async def close(self) -> None:
-        """Answer what has been accepted, then release the device."""
-        self._closed = True
+    async def close(self, *, patience_s: float | None = None) -> None:
+        """Answer what has been accepted, then release the device. Takes bounded time, whatever hangs.
+
+        `patience_s`: after so many seconds what still waits is refused; by default after as many as a request may take.
+        """
         self.health.ready, self.health.reason = False, "the model is being taken out of service"
         if self._supervisor is not None:
             self._supervisor.cancel()
-        await self._release()
+            await asyncio.wait([self._supervisor])
+        await self._release(patience_s=self._config.request_timeout_s if patience_s is None else patience_s)
 
-    async def _release(self) -> None:
-        await self.batcher.close()
-        await self._engine.close()
+    async def _release(self, *, patience_s: float) -> None:
+        try:
+            await self.batcher.close(patience_s)
+        finally:
+            await close_engine(self._engine)
 
     async def _probe_golden(self) -> bool:
         try:
             await self._send_golden()
         except (RequestError, EngineError) as error:
-            log.error("the golden image was not answered: %s", error)  # noqa: TRY400  a state, not a fault of the code
+            log.error("the golden image did not come through: %s", error)  # noqa: TRY400  a state, not a fault of the code
             return False
         return True
 
@@ -237,12 +239,15 @@ class ServedModel:
         """Send the golden image through the whole path.
 
         Raises:
-            RequestError: it was not answered.
-            EngineError: its answer has changed.
+            RequestError: it was refused, or failed.
+            EngineError: it was not answered in time, or otherwise than at first.
         """
-        timeout_s = self._config.engine_timeout_s + 5
+        timeout_s = self._config.engine_timeout_s + _GOLDEN_DECODE_S
         job = self.classify(self._golden, deadline=monotonic() + timeout_s, priority="interactive")
-        answer = await asyncio.wait_for(job.answer, timeout_s)
+        try:
+            answer = await asyncio.wait_for(job.answer, timeout_s)
+        except TimeoutError:
+            raise EngineError(f"the golden image was not answered within {timeout_s:g} s") from None
         first = self.health.golden
         if first is None:
             self.health.golden = answer
@@ -281,21 +286,18 @@ class ServedModel:
         return best
 
     def _engine_died(self, reason: str) -> None:
-        self.health.ready, self.health.reason = False, reason
+        served, self.health.ready, self.health.reason = self.health.ready, False, reason
         log.error("model %s version %s: %s", self.info.name, self.info.version, reason)
-        if not self._closed and (self._supervisor is None or self._supervisor.done()):
+        if served:  # else whoever starts it, or closes it, has the last word
             self._supervisor = self._loop.create_task(self._rebuild())
 
     async def _rebuild(self) -> None:
         """Replace a dead engine, trying until it works."""
+        await self._release(patience_s=0)
         for attempt in range(1_000_000):
             await asyncio.sleep(_REBUILD_PAUSES_S[min(attempt, len(_REBUILD_PAUSES_S) - 1)])
             try:
-                await asyncio.wait_for(self._release(), _CLOSE_TIMEOUT_S)
-            except Exception as error:  # noqa: BLE001  a dead engine may fail to close in any way
-                log.warning("the dead engine did not close: %s", one_line(error))
-            try:
-                await asyncio.wait_for(self.start(), 10 * self._config.engine_timeout_s)
+                await self.start()
             except Exception as error:  # noqa: BLE001  whatever it is, the next attempt may succeed
                 self.health.reason = f"rebuilding the engine failed: {one_line(error)}"
                 self.observer.rebuilt("failed")
@@ -304,3 +306,8 @@ class ServedModel:
                 self.observer.rebuilt("ok")
                 log.warning("model %s version %s: the engine was rebuilt", self.info.name, self.info.version)
                 return
+
+
+async def close_all(models: Iterable[ServedModel]) -> None:
+    """Close models at the end of the process, all at once: nobody waits for an answer any more."""
+    await asyncio.gather(*(model.close(patience_s=0) for model in models))

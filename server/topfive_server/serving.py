@@ -13,6 +13,7 @@ from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.devices import Device, DeviceError, resolve_all
 from topfive_server.engine import Engine, EngineError
+from topfive_server.engine_life import EngineFactory, close_engine
 from topfive_server.errors import RequestError
 from topfive_server.many_engines import ManyEngines
 from topfive_server.metrics import Metrics
@@ -20,7 +21,7 @@ from topfive_server.models import Models
 from topfive_server.onnx_engine import OnnxEngine
 from topfive_server.reload import Found, find
 from topfive_server.repository import ModelVersion, Repository, RepositoryError
-from topfive_server.served_model import EngineFactory, ServedModel
+from topfive_server.served_model import ServedModel
 from topfive_server.session import RuntimeOptions
 from topfive_server.variants import Choice, Wanted
 
@@ -41,7 +42,13 @@ def onnx_engines(devices: Sequence[Device], runtime: RuntimeOptions) -> EngineMa
 
     def for_version(version: ModelVersion) -> EngineFactory:
         async def build() -> Engine:
-            engines = [await asyncio.to_thread(OnnxEngine, version, device, runtime) for device in devices]
+            engines: list[OnnxEngine] = []
+            try:
+                for device in devices:
+                    engines += [await asyncio.to_thread(OnnxEngine, version, device, runtime)]
+            except BaseException:
+                await asyncio.gather(*map(close_engine, engines))
+                raise
             return engines[0] if len(engines) == 1 else ManyEngines(engines)
 
         return build
@@ -172,6 +179,8 @@ class Loader:
         self._models = models
         self._pool = pool
         self._metrics = metrics
+        self._closing: set[asyncio.Task[None]] = set()
+        """Of versions that answer what they have accepted."""
 
     async def load(self, version: ModelVersion) -> None:
         """Bring one version into service beside those that are; on failure nothing has changed.
@@ -179,7 +188,7 @@ class Loader:
         Raises:
             EngineError, DeviceError, RequestError: it does not work.
         """
-        await self.install(await self.prepare(version))
+        self.install(await self.prepare(version))
 
     async def prepare(self, version: ModelVersion) -> ServedModel:
         """Open, warm up and prove a version, out of every request's sight.
@@ -201,7 +210,7 @@ class Loader:
         log.info("warmed up", extra={"model": version.name, "version": version.version, "seconds": seconds})
         return model
 
-    async def install(self, model: ServedModel) -> None:
+    def install(self, model: ServedModel) -> None:
         """Let a prepared version answer, in the place of the one of its name and version if there is one."""
         replaced = self._models.add(model)
         log.info(
@@ -215,4 +224,10 @@ class Loader:
             },
         )
         if replaced is not None:
-            await replaced.close()
+            self.retire(replaced)
+
+    def retire(self, model: ServedModel) -> None:
+        """Close a version that is out of service; nobody waits for what it still has to answer."""
+        closing = asyncio.get_running_loop().create_task(model.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)

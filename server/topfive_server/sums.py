@@ -6,7 +6,7 @@ metrics (`process_*`, `python_*`) a sum would say nothing: each keeps its own, w
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -31,28 +31,41 @@ def snapshot(registry: CollectorRegistry) -> Snapshot:
     ]
 
 
+class Process(NamedTuple):
+    """One process in the course of time."""
+
+    number: int
+    """Its place, in which others follow it; 0 is the parent's."""
+    pid: int
+
+
 class Sums:
     """Adds up the snapshots of several processes, and remembers those that are gone."""
 
     def __init__(self) -> None:
-        self._last: dict[int, Snapshot] = {}
-        """By process number."""
+        self._last: dict[Process, Snapshot] = {}
+        self._gone: dict[int, Process] = {}
+        """The last of each number that has ended."""
         self._departed: list[Snapshot] = []
         """At most one: the sum of what the dead have counted."""
 
-    def departed(self, number: int) -> None:
+    def departed(self, process: Process) -> None:
         """Keep what this process had counted when it was last asked: it has ended."""
-        last = self._last.pop(number, None)
+        self._gone[process.number] = process
+        last = self._last.pop(process, None)
         if last is not None:
             self._departed = [_merge([*self._departed, _counted(last)])]
 
-    def render(self, snapshots: Mapping[int, Snapshot], *, all_there: bool) -> bytes:
-        """The exposition text; unless `all_there`, one process did not answer and nothing counts as ready."""
-        self._last.update(snapshots)
+    def render(self, snapshots: Mapping[Process, Snapshot], *, all_there: bool) -> bytes:
+        """The exposition text; unless `all_there`, one process did not answer and nothing counts as ready.
+
+        One that has departed between its answer and that of a slower one is in the sum already.
+        """
+        self._last.update({p: rows for p, rows in snapshots.items() if self._gone.get(p.number) != p})
         # Of one that does not answer, what it had counted stays; what it was like then says nothing of now.
         labelled = [
-            _with_worker(number, rows if number in snapshots else _counted(rows))
-            for number, rows in self._last.items()
+            _with_worker(process.number, rows if process in snapshots else _counted(rows))
+            for process, rows in self._last.items()
         ]
         merged = _merge([*self._departed, *labelled])
         if not all_there:

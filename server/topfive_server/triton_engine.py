@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any, Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -149,29 +150,25 @@ class TritonEngine:
             raise ValueError(
                 f"a batch is {images_BHWC.dtype} {images_BHWC.shape}; it must be uint8 {expected}"
             )
-        tensor = InferInput(INPUT, list(images_BHWC.shape), "UINT8")
-        tensor.set_data_from_numpy(images_BHWC)
-        reasons = []
+        reasons: list[str] = []
         for endpoint in self._order():
-            try:
-                answer = await self._ask(endpoint, tensor)
-            except InferenceServerException as error:
-                failure = engine_error(error)
-                if _status(error) not in _ELSEWHERE and not isinstance(failure, EngineDead):
-                    raise failure from error
-                endpoint.failed()
-                reasons.append(f"{endpoint.address}: {_reason(error)}")
-                log.warning("a Triton server did not answer a batch: %s", reasons[-1])
-            else:
-                endpoint.succeeded()
-                return self._predictions(answer, len(images), endpoint)
+            predictions = await self._predict_on(endpoint, images_BHWC, reasons)
+            if predictions is not None:
+                return predictions
         raise EngineDead(f"no Triton server answered ({'; '.join(reasons)})")
 
     async def warm_up(self) -> None:
-        """Send the smallest and the largest batch to every endpoint that is up; see `Engine.warm_up`."""
-        image = np.zeros((self._side, self._side, 3), np.uint8)
-        for batch in {1, self.info.max_batch}:
-            await self.predict([image] * batch)
+        """Send the smallest and the largest batch to every endpoint that is up; see `Engine.warm_up`.
+
+        One that does not answer rests, as after any batch, as long as another does.
+        """
+        reasons: list[str] = []
+        for batch in sorted({1, self.info.max_batch}):
+            images_BHWC = np.zeros((batch, self._side, self._side, 3), np.uint8)
+            up = [endpoint for endpoint in self._endpoints if endpoint.rests_until <= monotonic()]
+            answers = [await self._predict_on(endpoint, images_BHWC, reasons) for endpoint in up]
+            if all(answer is None for answer in answers):
+                raise EngineDead(f"no Triton server answered ({'; '.join(reasons)})")
 
     async def close(self) -> None:
         """Close the connections; idempotent. Batches under way are answered first."""
@@ -187,6 +184,29 @@ class TritonEngine:
         """
         now = monotonic()
         return sorted(self._endpoints, key=lambda e: (max(e.rests_until - now, 0), e.in_flight, e.asked_at))
+
+    async def _predict_on(
+        self, endpoint: _Endpoint, images_BHWC: NDArray[np.uint8], reasons: list[str]
+    ) -> Predictions | None:
+        """The endpoint's answer; None, with another reason, where the next one may do better.
+
+        Raises:
+            EngineError: another one would do no better.
+        """
+        tensor = InferInput(INPUT, list(images_BHWC.shape), "UINT8")
+        tensor.set_data_from_numpy(images_BHWC)
+        try:
+            answer = await self._ask(endpoint, tensor)
+        except InferenceServerException as error:
+            failure = engine_error(error)
+            if _status(error) not in _ELSEWHERE and not isinstance(failure, EngineDead):
+                raise failure from error
+            endpoint.failed()
+            reasons.append(f"{endpoint.address}: {_reason(error)}")
+            log.warning("a Triton server did not answer a batch: %s", reasons[-1])
+            return None
+        endpoint.succeeded()
+        return self._predictions(answer, len(images_BHWC), endpoint)
 
     async def _ask(self, endpoint: _Endpoint, tensor: InferInput) -> Any:
         endpoint.in_flight += 1

@@ -35,13 +35,13 @@ from topfive_server.lifecycle import EXIT_LOST, Server, offered_over_grpc
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.repository import Repository
+from topfive_server.served_model import ServedModel, close_all
 from topfive_server.serving import Loader, computing, make_traces
 from topfive_server.shares import Share
 from topfive_server.sums import Snapshot, snapshot
 from topfive_server.whole import Alone, OfMany
 
 if TYPE_CHECKING:
-    from topfive_server.served_model import ServedModel
     from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
@@ -116,9 +116,7 @@ class Worker:
                 await self._traces.close(self._server.drain_left_s)
             return EXIT_LOST if self._server is not None and self._server.lost_requests else 0
         finally:
-            for model in (*self._models, *self._prepared.values()):
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(model.close(), 5)
+            await close_all((*self._models, *self._prepared.values()))
             self._pool.close()
 
     async def _until_finished(self) -> None:
@@ -177,14 +175,14 @@ class Worker:
     async def install(self, name: str, version: str, canaries: dict[str, Any]) -> None:
         """Let a prepared version answer."""
         self._set(canaries)
-        await self._loader.install(self._prepared.pop((name, version)))
+        self._loader.install(self._prepared.pop((name, version)))
 
     async def remove(self, name: str, version: str, canaries: dict[str, Any]) -> None:
-        """Take a version out of service once it has answered what it has accepted."""
+        """Take a version out of service; it answers what it has accepted."""
         self._set(canaries)
         model = self._models.remove(name, version)
         if model is not None:
-            await model.close()
+            self._loader.retire(model)
 
     async def canaries(self, canaries: dict[str, Any]) -> None:
         """Which versions are on trial, and their shares."""

@@ -299,6 +299,40 @@ def test_an_image_whose_deadline_passed_never_reaches_the_engine() -> None:
     on_loop(test)
 
 
+@pytest.mark.parametrize("late", [[0], [0, 1, 2]])
+def test_a_deadline_that_passes_between_taking_a_batch_and_computing_it_is_that_images_alone(
+    monkeypatch: pytest.MonkeyPatch, late: list[int]
+) -> None:
+    """On some event loops (uvloop) a timer comes between."""
+
+    async def test() -> None:
+        bench = Bench(FakeEngine())
+        bench.batcher.expect("interactive")
+        jobs = [bench.send(red) for red in range(3)]
+        take = bench.batcher._take
+
+        def then_it_is_late(free_at: float) -> list[Job]:
+            batch = take(free_at)
+            for index in late:
+                jobs[index].fail(DeadlineExceededError("late"))
+            return batch
+
+        monkeypatch.setattr(bench.batcher, "_take", then_it_is_late)
+        bench.batcher.withdraw("interactive")
+        outcomes = await asyncio.gather(*(job.answer for job in jobs), return_exceptions=True)
+        await bench.batcher.close()
+        in_time = [red for red in range(3) if red not in late]
+        assert [isinstance(outcome, DeadlineExceededError) for outcome in outcomes] == [
+            red in late for red in range(3)
+        ]
+        assert [red_of(jobs[red]) for red in in_time] == in_time
+        assert bench.engine.batches == ([in_time] if in_time else [])
+        done = [("done", len(in_time))] if in_time else []
+        assert bench.log.events == [*[("dropped", "engine", "deadline")] * len(late), *done]
+
+    on_loop(test)
+
+
 def test_only_the_guilty_image_fails() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(guilty={5}))
@@ -394,22 +428,26 @@ def test_close_answers_everything_first() -> None:
     on_loop(test)
 
 
-def test_the_estimate_follows_the_measured_batch_time() -> None:
+def test_the_estimate_follows_the_measured_batch_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         bench = Bench(FakeEngine())
-        assert bench.batcher.seconds_until_answered() == 0
+        assert bench.batcher.forecast.seconds_until_answered() == 0
         bench.batcher.times.calibrate([(1, 0.0075), (8, 0.025)])  # half of what it takes later
         for size in (1, 2, 4, 8) * 20:
             bench.batcher.times.observe(size, 0.010 + 0.005 * size)
         np.testing.assert_allclose(bench.batcher.times.fixed, 0.010, rtol=0.01)
         np.testing.assert_allclose(bench.batcher.times.predict(6), 0.040, rtol=0.01)
-        np.testing.assert_allclose(bench.batcher.seconds_until_answered(17), 2 * 0.050 + 0.015, rtol=0.01)
+        np.testing.assert_allclose(
+            bench.batcher.forecast.seconds_until_answered(17), 2 * 0.050 + 0.015, rtol=0.01
+        )
         bench.engine.gate.clear()
         for red in range(8 + 8 + 4):
             bench.send(red)
         await settle()
+        running = [since for since, _ in bench.batcher._computing.values()]
+        clock(monkeypatch, estimate)[0] = max(running)
         # One batch runs and one is prefetched (8 each, 50 ms); four wait and one more makes five (35 ms).
-        np.testing.assert_allclose(bench.batcher.seconds_until_answered(), 0.135, atol=0.02)
+        np.testing.assert_allclose(bench.batcher.forecast.seconds_until_answered(), 0.135, atol=0.02)
 
     on_loop(test)
 
@@ -524,7 +562,7 @@ def test_lateness_is_bounded_and_forgotten_when_nothing_teaches_it(monkeypatch: 
 def test_the_wait_is_what_is_before_an_image_of_its_priority() -> None:
     async def test() -> None:
         bench = Bench(FakeEngine(make_info(max_batch=4)))
-        wait = bench.batcher.seconds_of_wait
+        wait = bench.batcher.forecast.seconds_of_wait
         bench.batcher.times.calibrate([(1, 1000.0), (4, 1000.0)])
         assert wait("interactive") == wait("batch") == 0  # however slow the model is
         bench.engine.gate.clear()

@@ -80,7 +80,7 @@ def test_a_lone_image_is_decoded_and_computed_in_one_go() -> None:
         job, end = bench.decode_lone(7)
         await settle()
         assert bench.engine.batches == []
-        assert bench.batcher.images_before("interactive") == 1  # who comes now has it before him
+        assert bench.batcher.forecast.images_before("interactive") == 1  # who comes now has it before him
         end.set()
         answer = await job.answer
         assert (red_of(job), job.width, job.height) == (7, 24, 20)

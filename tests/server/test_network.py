@@ -247,7 +247,7 @@ def test_a_failed_piece_fails_the_batch_once_the_others_have_ended(
 def test_the_engine_answers_every_batch_size_in_order(tmp_path: Path) -> None:
     async def run() -> None:
         engine = open_engine(tmp_path, max_batch=32, threads=2)
-        assert isinstance(engine._network, TwoHalves)
+        assert isinstance(engine._openers[0]()._network, TwoHalves)  # type: ignore[attr-defined]  # a HostLane
         await engine.warm_up()
         for batch in (1, 2, 4, 9, 31, 32):
             images = random_images(batch, seed=batch)

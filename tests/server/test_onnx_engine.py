@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.server.onnx_models import expected_scores, make_spec, random_images, write_model
 
+from topfive_server import onnx_engine
 from topfive_server.devices import Device, DeviceError
 from topfive_server.engine import Engine, EngineDead, EngineError, EngineOutOfMemory, Predictions
 from topfive_server.lanes import Images, Lane
@@ -74,10 +75,10 @@ class FakeLane:
 def with_lanes(monkeypatch: pytest.MonkeyPatch, root: Path) -> tuple[OnnxEngine, list[FakeLane]]:
     lanes = [FakeLane() for _ in range(3)]  # two for batches, one for lone images
 
-    def make(self: OnnxEngine, number: int) -> Lane:
+    def open_lane(number: int, sizes: tuple[int, ...]) -> Lane:
         return lanes[number]
 
-    monkeypatch.setattr(OnnxEngine, "_make_lane", make)
+    monkeypatch.setattr(onnx_engine, "_open", lambda *_: open_lane)
     return open_engine(root), lanes
 
 
@@ -288,6 +289,7 @@ def test_a_hung_device_does_not_keep_the_process_from_ending(tmp_path: Path) -> 
     import threading
     from pathlib import Path
     from topfive_server.devices import Device
+    from topfive_server import onnx_engine
     from topfive_server.onnx_engine import OnnxEngine
     from topfive_server.repository import Repository
     import numpy as np
@@ -295,7 +297,7 @@ def test_a_hung_device_does_not_keep_the_process_from_ending(tmp_path: Path) -> 
         def captures(self, count): return False
         def fill(self, images): pass
         def compute(self): threading.Event().wait()
-    OnnxEngine._make_lane = lambda self, number: Hung()
+    onnx_engine._open = lambda *_: lambda number, sizes: Hung()
     engine = OnnxEngine(Repository(Path({str(tmp_path)!r})).read("tiny"), Device(kind="cpu", reason=""))
     engine.submit([np.zeros((12, 12, 3), np.uint8)])
     engine.stop()

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.server.fakes import FakeEngine, make_info
-from tests.server.harness import serving
+from tests.server.fakes import CROP, FakeEngine, make_info, picture
+from tests.server.harness import eventually, read_reply, serving
 from tests.server.onnx_models import write_model
 
 from topfive_server.app import Application
@@ -23,7 +23,7 @@ from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.reload import Found, Reloader, ReloadPolicy, find
 from topfive_server.repository import ModelVersion, Repository, RepositoryError
-from topfive_server.served_model import golden_image
+from topfive_server.served_model import ServedModel, golden_image
 from topfive_server.serving import Loader, Offer, StartError, onnx_engines
 from topfive_server.session import RuntimeOptions
 
@@ -274,20 +274,78 @@ def test_a_canary_gets_its_share_and_then_takes_over(tmp_path: Path) -> None:
         assert world.models.canaries == {}
         world.add("2")
         await world.reloader.look()
-        picked = [world.models.get("tiny").info.version for _ in range(400)]
+        picked = [world.models.pick("tiny").info.version for _ in range(400)]
         assert 98 <= picked.count("2") <= 102
         assert max(len(run) for run in "".join(picked).split("2")) <= 5  # spread, not in bursts
         assert world.models.get("tiny", "1").info.version == "1"
         assert world.states() == {"1": "serving", "2": "canary"}
         assert not world.models.is_default(world.models.get("tiny", "2"))
         await world.reloader.set_canary("tiny", 0.5)
-        picked = [world.models.get("tiny").info.version for _ in range(400)]
+        picked = [world.models.pick("tiny").info.version for _ in range(400)]
         assert 198 <= picked.count("2") <= 202
         await world.reloader.set_canary("tiny", 1)
         assert world.serving() == ["2"]
         assert world.models.get("tiny").info.version == "2"
 
     run(scenario)
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/fake/infer"])
+def test_a_request_counts_once_for_the_canarys_share(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is let in by one version is answered by it, and what only describes a model does not count."""
+    touched: list[str] = []
+    refuse_a_long_wait = ServedModel.refuse_a_long_wait
+
+    def noting(self: ServedModel, *arguments: Any) -> None:
+        touched.append(self.info.version)
+        refuse_a_long_wait(self, *arguments)
+
+    monkeypatch.setattr(ServedModel, "refuse_a_long_wait", noting)
+    stable, trial = FakeEngine(), FakeEngine(make_info(version="2"))
+    square = {
+        "name": "image",
+        "shape": [1, CROP, CROP, 3],
+        "datatype": "UINT8",
+        "data": [9] * CROP * CROP * 3,
+    }
+    body = picture(9) if path.startswith("/v1") else json.dumps({"inputs": [square]}).encode()
+    with serving(stable, trial) as server:
+        canary = Canary(version="2", stable="1", share=0.1)
+        server.on_loop(lambda: server.application.models.canaries.update(fake=canary))
+        for _ in range(50):
+            reply = server.request("POST", path, body)
+            assert (reply.status, reply.json.get("version", reply.json.get("model_version"))) == (
+                200,
+                touched[-1],
+            )
+            assert server.request("GET", "/v1/models/fake/labels").status == 200
+            assert server.request("GET", "/v2/models/fake").status == 200
+        assert canary._requests == len(touched) == 50
+        assert 4 <= len(trial.batches) <= 6
+
+
+def test_a_request_whose_version_goes_while_it_arrives_is_answered_by_another() -> None:
+    stable, trial = FakeEngine(), FakeEngine(make_info(version="2"))
+    body = picture(4)
+    with serving(stable, trial) as server, server.connect() as connection:
+        models = server.application.models
+        canary = Canary(version="2", stable="1", share=0.99)  # the first goes there
+        server.on_loop(lambda: models.canaries.update(fake=canary))
+        head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        connection.sendall(head + body[:9])
+        eventually(lambda: server.application.admission.bytes == 9)
+
+        async def take_back() -> None:
+            del models.canaries["fake"]
+            model = models.remove("fake", "2")
+            assert model is not None
+            await model.close()
+
+        server.call(take_back())
+        connection.sendall(body[9:])
+        reply = read_reply(connection)
+        assert (reply.status, reply.json["version"], reply.classes) == (200, "1", [4])
+        assert (stable.seen, trial.seen) == ([4], [])
 
 
 def test_nobody_meets_a_canary_before_it_is_ready(tmp_path: Path) -> None:
@@ -300,14 +358,14 @@ def test_nobody_meets_a_canary_before_it_is_ready(tmp_path: Path) -> None:
         load = world.reloader._load
 
         async def slowly(version: ModelVersion) -> None:
-            met.extend(world.models.get("tiny").info.version for _ in range(50))
+            met.extend(world.models.pick("tiny").info.version for _ in range(50))
             await load(version)
-            met.extend(world.models.get("tiny").info.version for _ in range(50))
+            met.extend(world.models.pick("tiny").info.version for _ in range(50))
 
         world.reloader._load = slowly
         await world.reloader.look()
         assert set(met) == {"1"}
-        assert "2" in {world.models.get("tiny").info.version for _ in range(5)}
+        assert "2" in {world.models.pick("tiny").info.version for _ in range(5)}
 
     run(scenario)
 
@@ -421,7 +479,7 @@ def test_real_versions_are_swapped_without_losing_an_image(tmp_path: Path) -> No
 
             async def client() -> None:
                 while not stop:
-                    model = models.get("tiny")
+                    model = models.pick("tiny")
                     job = model.classify(golden_image(), deadline=float("inf"), priority="interactive")
                     await job.answer
                     answered.append(model.info.version)

@@ -16,7 +16,7 @@ from topfive_server.reload import Found, ReloadPolicy
 from topfive_server.repository import Repository
 from topfive_server.session import RuntimeOptions
 from topfive_server.shares import divide, part
-from topfive_server.sums import Snapshot, Sums, snapshot
+from topfive_server.sums import Process, Snapshot, Sums, snapshot
 from topfive_server.whole import together
 
 
@@ -81,9 +81,12 @@ def values(text: bytes) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
+FIRST, SECOND = Process(1, 101), Process(2, 102)
+
+
 def test_counters_add_up_and_gauges_as_they_mean() -> None:
     sums = Sums()
-    read = values(sums.render({1: counted(3, 1, 5), 2: counted(4, 0, 6)}, all_there=True))
+    read = values(sums.render({FIRST: counted(3, 1, 5), SECOND: counted(4, 0, 6)}, all_there=True))
     assert read['topfive_answers_total{code="ok"}'] == 7
     assert read["topfive_ready"] == 0
     assert read["topfive_queue"] == 11
@@ -94,19 +97,29 @@ def test_counters_add_up_and_gauges_as_they_mean() -> None:
 
 def test_a_counter_never_falls_whoever_dies_or_is_silent() -> None:
     sums = Sums()
-    sums.render({1: counted(30, 1, 5), 2: counted(4, 1, 6)}, all_there=True)
-    silent = values(sums.render({2: counted(5, 1, 6)}, all_there=False))
+    sums.render({FIRST: counted(30, 1, 5), SECOND: counted(4, 1, 6)}, all_there=True)
+    silent = values(sums.render({SECOND: counted(5, 1, 6)}, all_there=False))
     assert silent['topfive_answers_total{code="ok"}'] == 35
     assert (silent["topfive_queue"], silent["topfive_ready"]) == (6, 0)
-    sums.departed(1)
-    sums.departed(1)
-    again = values(sums.render({1: counted(1, 1, 0), 2: counted(6, 1, 0)}, all_there=True))
-    assert again['topfive_answers_total{code="ok"}'] == 37
-    assert 'process_bytes{worker="1"}' in again
-    sums.departed(1)
-    assert (
-        values(sums.render({2: counted(6, 1, 0)}, all_there=False))['topfive_answers_total{code="ok"}'] == 37
-    )
+    sums.departed(FIRST)
+    sums.departed(FIRST)
+    again = Process(1, 103)
+    back = values(sums.render({again: counted(1, 1, 0), SECOND: counted(6, 1, 0)}, all_there=True))
+    assert back['topfive_answers_total{code="ok"}'] == 37
+    assert 'process_bytes{worker="1"}' in back
+    sums.departed(again)
+    left = values(sums.render({SECOND: counted(6, 1, 0)}, all_there=False))
+    assert left['topfive_answers_total{code="ok"}'] == 37
+
+
+def test_who_dies_after_its_answer_and_before_the_others_is_counted_once() -> None:
+    sums = Sums()
+    sums.render({FIRST: counted(100, 1, 0)}, all_there=True)
+    sums.departed(FIRST)
+    late = values(sums.render({FIRST: counted(110, 1, 0)}, all_there=True))
+    assert late['topfive_answers_total{code="ok"}'] == 100
+    successor = values(sums.render({Process(1, 103): counted(3, 1, 0)}, all_there=True))
+    assert successor['topfive_answers_total{code="ok"}'] == 103
 
 
 # ---------------------------------------------------------------------- readiness

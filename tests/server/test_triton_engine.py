@@ -139,6 +139,18 @@ def test_batches_travel_and_come_back_in_order(tmp_path: Path) -> None:
     with_fleet(tmp_path, [FakeTriton()], body)
 
 
+def test_every_server_of_the_fleet_is_warmed_up_and_one_that_fails_is_passed_over(tmp_path: Path) -> None:
+    async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
+        fleet[1].status = grpc.StatusCode.UNAVAILABLE
+        await engine.warm_up()
+        assert [server.batches for server in fleet] == [[1, 4], [1], [1, 4]]
+        fleet[0].status = fleet[2].status = grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(EngineDead, match="no Triton server answered"):
+            await engine.warm_up()
+
+    with_fleet(tmp_path, [FakeTriton() for _ in range(3)], body)
+
+
 def test_batches_spread_over_the_fleet(tmp_path: Path) -> None:
     async def body(engine: TritonEngine, fleet: list[FakeTriton]) -> None:
         assert engine.info.parallel == 6

@@ -131,9 +131,9 @@ def test_the_estimates_count_the_decoding_where_it_takes_turns() -> None:
         batcher.expect("interactive")
         try:
             return (
-                batcher.seconds_of_wait("interactive"),
-                batcher.seconds_until_answered(),
-                batcher.full_batch_s,
+                batcher.forecast.seconds_of_wait("interactive"),
+                batcher.forecast.seconds_until_answered(),
+                batcher.forecast.full_batch_s,
             )
         finally:
             batcher.withdraw("interactive")

@@ -384,4 +384,4 @@ def test_the_open_inference_protocol_is_bounded_alike() -> None:
         assert slow.answered() == [0, 1]
         assert arrays(scoring.result())["classes"][0, 0] == 3
         batcher = server.model.batcher
-        eventually(lambda: server.on_loop(lambda: batcher.seconds_of_wait("interactive")) == 0)
+        eventually(lambda: server.on_loop(lambda: batcher.forecast.seconds_of_wait("interactive")) == 0)
