@@ -15,6 +15,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,21 @@ _AT_ONCE: Final = 64
 """Connections accepted before the loop does something else."""
 _RETRY_S: Final = 0.02
 """Seconds until the next attempt when no worker can take a connection, or none can be accepted."""
+_SILENCE_S: Final = 60.0
+"""Seconds until the same error is logged again."""
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Errors of `accept` that stay until something is freed (accept(2)); the connection waits in the kernel."""
+
+
+_told: dict[str, float] = {}
+
+
+def tell_now_and_then(message: str, *arguments: object) -> None:
+    """Log an error that would otherwise fill the log: once a minute."""
+    now = monotonic()
+    if now - _told.get(message, float("-inf")) >= _SILENCE_S:
+        _told[message] = now
+        log.error(message, *arguments)
 
 
 class Line:
@@ -154,10 +168,11 @@ class Handover:
         try:
             connection, _ = self._listener.accept()
         except OSError as error:  # BlockingIOError: there is no more; or its client has left
-            exhausted = error.errno in _EXHAUSTED
-            if exhausted and not self._exhausted:
-                log.error("no connection can be accepted: %s; they wait (raise `ulimit -n`)", error.strerror)  # noqa: TRY400
-            self._exhausted = exhausted
+            self._exhausted = error.errno in _EXHAUSTED
+            if self._exhausted:
+                tell_now_and_then(
+                    "no connection can be accepted: %s; they wait (raise `ulimit -n`)", error.strerror
+                )
             return False
         self._exhausted = False
         connection.setblocking(False)

@@ -29,7 +29,7 @@ from topfive_server.canary import Canary
 from topfive_server.channel import Channel
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
-from topfive_server.handover import ENDED, NOT_TAKEN, TAKEN
+from topfive_server.handover import ENDED, NOT_TAKEN, TAKEN, tell_now_and_then
 from topfive_server.http_protocol import GuardedProtocol
 from topfive_server.lifecycle import EXIT_LOST, Server, close_models
 from topfive_server.metrics import Metrics
@@ -91,8 +91,6 @@ class Worker:
         self._prepared: dict[tuple[str, str], ServedModel] = {}
         self._untold = b""
         """What has become of connections, as far as the parent has not been told."""
-        self._exhausted = False
-        """Whether no file descriptor was free for the last connection."""
         self._parent: Channel
         self._line: socket.socket
         self._pool: DecodePool
@@ -269,7 +267,6 @@ class Worker:
         if descriptors:
             self._server.adopt(socket.socket(fileno=descriptors[0]))
             self._tell(TAKEN)
-            self._exhausted = False
         elif (
             data
         ):  # the kernel has dropped the descriptor: there was no free number for it (recvmsg(2), MSG_CTRUNC)
@@ -281,9 +278,7 @@ class Worker:
 
     def _pause(self) -> None:
         """Take none for a moment, in which the parent may give them to others, or a connection may end here."""
-        if not self._exhausted:
-            log.error("no file descriptor is free; connections wait or go to others (raise `ulimit -n`)")
-        self._exhausted = True
+        tell_now_and_then("no file descriptor is free; connections wait or go to others (raise `ulimit -n`)")
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._line.fileno())
         loop.call_later(_EXHAUSTED_S, loop.add_reader, self._line.fileno(), self._take)
