@@ -198,7 +198,8 @@ class Server(uvicorn.Server):
 
     async def _stop_grpc(self, timeout_s: float) -> None:
         if self._grpc is not None:
-            self._application.cut_off += await self._grpc.stop(timeout_s)
+            cut_off = await self._grpc.stop(timeout_s)
+            self._application.cut_off += cut_off  # HTTP's own may have come meanwhile
 
     @property
     def lost_requests(self) -> bool:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.server.fakes import CLASSES, CROP, FakeEngine, make_info, pixels, predictions
+from tests.server.fakes import CLASSES, CROP, FakeEngine, make_info, picture, pixels, predictions
 from tests.server.harness import Harness, eventually, serving
 from tests.server.onnx_models import expected_scores, random_images, write_model
 from tests.server.real_triton import free_port
@@ -162,14 +162,18 @@ def test_a_full_queue_and_a_cancelled_call() -> None:
 
 
 def test_a_call_that_is_cut_off_at_the_end_of_the_drain_is_a_loss() -> None:
-    with offered(drain_timeout_s=0.3) as (server, client):
+    with offered(drain_timeout_s=0.3) as (server, client), ThreadPoolExecutor() as threads:
         server.hold()
         done: Future[Any] = Future()
         client.async_infer("fake", [tensor(1)], lambda result, error: done.set_result(error))
         eventually(lambda: server.engine.seen == [1])
+        beside = threads.submit(server.classify, picture(2))
+        eventually(lambda: server.application.admission.images == 2)
         server.stop()
         assert done.result(10).status() == "StatusCode.UNAVAILABLE"
+        assert beside.result(10).code == "draining"
         assert server.server.lost_requests
+        assert server.application.cut_off == 2
         counted = {"route": "grpc ModelInfer", "status": "503", "code": "draining"}
         assert server.application.metrics.registry.get_sample_value("topfive_requests_total", counted) == 1
 
