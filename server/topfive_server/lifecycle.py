@@ -140,10 +140,11 @@ class Server(uvicorn.Server):
             StartError: a port cannot be had.
         """
         await super().startup([])
+        for listener in sockets or []:
+            start_listening(listener)
         if self._limits.grpc_port is not None:
             self._grpc = await self._application.start_grpc(self._limits.grpc_port, shared=self._shared)
         for listener in sockets or []:
-            start_listening(listener)
             server = await asyncio.get_running_loop().create_server(
                 self._make_protocol, sock=listener, backlog=_BACKLOG, **self._tls()
             )

@@ -148,7 +148,7 @@ def test_what_is_cut_off_shows_in_the_exit_status(repository: Path, processes: i
 
 
 def test_the_second_of_two_servers_that_start_at_the_same_time_says_that_the_port_is_in_use() -> None:
-    late = Harness([FakeEngine()], ServerConfig(drain_delay_s=0))  # it is bound
+    late = Harness([FakeEngine()], ServerConfig(drain_delay_s=0, grpc_port=0))  # it is bound
     with listen("127.0.0.1", late.port) as first:  # which SO_REUSEADDR allows as long as nobody listens
         first.listen()
         try:
