@@ -56,7 +56,7 @@ class ServerConfig:
     """Bytes of the request line and headers; more get 431."""
 
     header_timeout_s: float = 10.0
-    """Seconds that a connection may take to send a request's headers; then 408 and the connection is closed."""
+    """Seconds that a connection may take for its TLS handshake, and then for a request's headers; late headers get 408, and it is closed."""
     body_timeout_s: float = 30.0
     """Seconds that a request's body may take; then 408 and the connection is closed."""
     keep_alive_s: float = 75.0
