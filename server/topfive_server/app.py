@@ -44,6 +44,7 @@ from topfive_server.stages import slowest
 from topfive_server.whole import Alone, Whole
 
 if TYPE_CHECKING:
+    from topfive_server.oip_grpc import GrpcServer
     from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
@@ -125,13 +126,13 @@ class Application:
         finally:
             self._account(exchange)
 
-    async def start_grpc(self, port: int, *, shared: bool = False) -> tuple[Any, int]:
-        """Offer Triton's protocol over gRPC, too; returns the server, to be stopped by the caller, and its port.
+    async def start_grpc(self, port: int, *, shared: bool = False) -> "GrpcServer":
+        """Offer Triton's protocol over gRPC, too, until the caller stops the server.
 
         `shared`: other processes listen on the same port.
 
         Raises:
-            OSError: the port cannot be had.
+            StartError: the port cannot be had.
         """
         from topfive_server.oip_grpc import GrpcInference, start_grpc  # noqa: PLC0415  an extra of its own
 

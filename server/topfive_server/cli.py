@@ -17,7 +17,7 @@ from topfive_server.app import Application
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.devices import DeviceError
-from topfive_server.lifecycle import EXIT_LOST, Server, listen, offered_over_grpc, url_of
+from topfive_server.lifecycle import EXIT_LOST, Server, listen, url_of
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.parent import run_processes
@@ -109,8 +109,7 @@ async def run(
             reloader.adopt(version)
         if config.watch:
             watch = asyncio.create_task(reloader.watch(config.watch_interval_s))
-        async with offered_over_grpc(application, config):
-            await server.serve(sockets=[listener])
+        await server.serve(sockets=[listener])
         if traces is not None:
             await traces.close(server.drain_left_s)
         log.info("stopped")

@@ -1,14 +1,10 @@
 """Every setting of `topfive serve`: a flag, a `TOPFIVE_*` environment variable or a line of TOML."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-
-def available_cores() -> int:
-    """Cores that this process may use, which in a container is fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from topfive_server.devices import cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +36,7 @@ class ServerConfig:
     max_delay_ms: float = 50.0
     """Milliseconds, counted from a batch's first image, that an idle engine waits for images arriving or being decoded."""
     decode_threads: int = 0
-    """Threads that decode images; 0 takes one for each core."""
+    """Threads that decode images; 0 takes one for each core that this process may use."""
 
     max_wait_ms: float = 0.0
     """Longest predicted wait behind other images; beyond it a request gets 429. 0: the time of 2.5 full batches, at least 500."""
@@ -60,7 +56,7 @@ class ServerConfig:
     """Bytes of the request line and headers, and as many of trailers; more get 431."""
 
     header_timeout_s: float = 10.0
-    """Seconds that a connection may take to send a request's headers; then 408 and the connection is closed."""
+    """Seconds that a connection may take for its TLS handshake, and then for a request's headers; late headers get 408, and it is closed."""
     body_timeout_s: float = 30.0
     """Seconds that a request's body may take; then 408 and the connection is closed."""
     keep_alive_s: float = 75.0
@@ -157,4 +153,4 @@ class ServerConfig:
     @property
     def resolved_decode_threads(self) -> int:
         """`decode_threads`, or the number of cores."""
-        return self.decode_threads or available_cores()
+        return self.decode_threads or cores(hyper_threads=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from topfive.model_spec import Preprocessing
 from topfive.preprocessing import ImageError, decode
-from topfive_server.config import available_cores
+from topfive_server.devices import cores
 from topfive_server.errors import InternalError, NotReadyError, RequestError, from_image_error
 from topfive_server.estimate import Average
 from topfive_server.job import Job
@@ -45,7 +45,7 @@ class DecodePool:
     def __init__(self, *, threads: int, max_pixels: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._max_pixels = max_pixels
-        self._at_once = min(threads, available_cores())
+        self._at_once = min(threads, cores(hyper_threads=True))
         self._each_s = Average()
         """Of one thread for one image."""
         self._loop = asyncio.get_running_loop()

@@ -154,24 +154,27 @@ def describe() -> list[Check]:
     return [runtime, *checks]
 
 
-def cores() -> int:
-    """Physical cores that this process may use: its affinity, without hyper-threads, within its container's quota."""
-    usable = (
-        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
-    siblings = set()
-    for cpu in usable:
-        try:
-            topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-            siblings.add(topology.read_text(encoding="ascii").strip())
-        except OSError:
-            siblings.add(str(cpu))
-    count = len(siblings)
+def cores(*, hyper_threads: bool = False) -> int:
+    """Cores that this process may use: its affinity, within its container's quota.
+
+    Physical ones, for the threads of an engine; with `hyper_threads` each of theirs counts, for work as mixed as decoding.
+    """
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    count = len(usable if hyper_threads else {_siblings(cpu) for cpu in usable})
     with contextlib.suppress(OSError, ValueError):
         # cgroup v2: "<microseconds> <period>" or "max <period>". More threads than the quota are stalled in turns.
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         count = min(count, max(1, round(int(quota) / int(period))))
     return count
+
+
+def _siblings(cpu: int) -> str:
+    """The hyper-threads of the physical core that a logical one belongs to."""
+    try:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        return topology.read_text(encoding="ascii").strip()
+    except OSError:  # not on Linux, or hidden
+        return str(cpu)
 
 
 def load_library(name: str) -> Any:

@@ -5,23 +5,44 @@ connections that stay open stay where they fell: of sixteen, up to twelve in one
 (docs/lab-notes.md). A connection that waits here, or that a dying worker has not taken yet, is given to another.
 
 A connection travels over a *line*, a Unix socket: one byte with the file descriptor beside it. The worker sends back
-`+` when it has taken it, upon which the parent lets go of it, and `-` when it has ended.
+`+` when it has taken it, upon which the parent lets go of it, and `-` when it has ended; or `?` when it could not take it.
 """
 
 import asyncio
 import contextlib
+import errno
+import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import Final
+
+log = logging.getLogger(__name__)
 
 TAKEN: Final = ord("+")
 ENDED: Final = ord("-")
-_BACKLOG: Final = 2048
+NOT_TAKEN: Final = ord("?")
+"""The worker has no file descriptor left."""
 _AT_ONCE: Final = 64
 """Connections accepted before the loop does something else."""
 _RETRY_S: Final = 0.02
-"""Seconds until the next attempt when no worker can take a connection."""
+"""Seconds until the next attempt when no worker can take a connection, or none can be accepted."""
+_SILENCE_S: Final = 60.0
+"""Seconds until the same error is logged again."""
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors of `accept` that stay until something is freed (accept(2)); the connection waits in the kernel."""
+
+
+_told: dict[str, float] = {}
+
+
+def tell_now_and_then(message: str, *arguments: object) -> None:
+    """Log an error that would otherwise fill the log: once a minute."""
+    now = monotonic()
+    if now - _told.get(message, float("-inf")) >= _SILENCE_S:
+        _told[message] = now
+        log.error(message, *arguments)
 
 
 class Line:
@@ -37,7 +58,7 @@ class Line:
         self.open = 0
         """Of those, the ones that have not ended."""
         self.on_return: Callable[[list[socket.socket]], None] = _close_all
-        """Gets the connections that the worker had not taken when it ended."""
+        """Gets the connections that the worker could not take, or had not taken when it ended."""
         self._untaken: deque[socket.socket] = deque()
 
     def give(self, connection: socket.socket) -> bool:
@@ -73,11 +94,16 @@ class Line:
             return
         except OSError:
             words = b""
+        refused = []
         for word in words:
             if word == TAKEN:
                 self._untaken.popleft().close()
-            else:
-                self.open -= 1
+                continue
+            self.open -= 1
+            if word == NOT_TAKEN:
+                refused.append(self._untaken.popleft())
+        if refused:
+            self.on_return(refused)
         if not words:
             self.close()
 
@@ -92,32 +118,37 @@ class Handover:
         self._loop = asyncio.get_running_loop()
         self._held: deque[socket.socket] = deque()
         """Accepted, and nobody could take them yet."""
+        self._exhausted = False
+        """Whether the last connection could not be accepted."""
+        self._finishing = False
         self._retry: asyncio.Handle | None = None
 
     def start(self) -> None:
-        """Listen: from here on a connection is not refused."""
-        self._listener.listen(_BACKLOG)
+        """Accept; the listener listens."""
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def take_back(self, connections: list[socket.socket]) -> None:
-        """Give connections to others: their worker has ended before it took them."""
+        """Give connections to others: their worker could not take them, or has ended before it did."""
         if self._listener.fileno() < 0:  # no worker takes any more
             _close_all(connections)
             return
         self._held.extend(connections)
-        self._loop.remove_reader(self._listener.fileno())
-        if self._retry is None:
-            self._retry = self._loop.call_soon(self._try_again)
+        self._pause()
 
-    def finish(self) -> None:
-        """Hand out what the kernel has accepted in our name, then close the listener."""
-        self._loop.remove_reader(self._listener.fileno())
-        if self._retry is not None:
-            self._retry.cancel()
-        while True:
+    async def finish(self, patience_s: float) -> None:
+        """Hand out what the kernel has accepted in our name, then close the listener.
+
+        Workers that cannot take them at once have `patience_s` seconds.
+        """
+        self._pause()
+        self._finishing = True
+        ends = self._loop.time() + patience_s
+        while self._take() or self._held or self._exhausted:
             self._give_held()
-            if self._held or not self._take():
-                break
+            if self._held or self._exhausted:
+                if not self._lines() or self._loop.time() > ends:
+                    break
+                await asyncio.sleep(_RETRY_S)
         self._listener.close()
         _close_all(self._held)
 
@@ -127,28 +158,40 @@ class Handover:
                 break
             self._give_held()
             if self._held:
-                # What has not been accepted waits in the kernel, and is not lost with this process either.
-                self._loop.remove_reader(self._listener.fileno())
-                self._retry = self._loop.call_later(_RETRY_S, self._try_again)
                 break
+        if self._held or self._exhausted:
+            # What has not been accepted waits in the kernel, and is not lost with this process either.
+            self._pause()
 
     def _take(self) -> bool:
+        """Accept one connection; whether there was one, and it could be accepted."""
         try:
             connection, _ = self._listener.accept()
-        except (
-            OSError
-        ):  # BlockingIOError: there is no more; others: its client has left, or no file descriptor is free
+        except OSError as error:  # BlockingIOError: there is no more; or its client has left
+            self._exhausted = error.errno in _EXHAUSTED
+            if self._exhausted:
+                tell_now_and_then(
+                    "no connection can be accepted: %s; they wait (raise `ulimit -n`)", error.strerror
+                )
             return False
+        self._exhausted = False
         connection.setblocking(False)
         self._held.append(connection)
         return True
 
+    def _pause(self) -> None:
+        self._loop.remove_reader(self._listener.fileno())
+        if self._retry is None:
+            self._retry = self._loop.call_later(_RETRY_S, self._try_again)
+
     def _try_again(self) -> None:
+        self._retry = None
+        if self._finishing:
+            return
         self._give_held()
         if self._held:
-            self._retry = self._loop.call_later(_RETRY_S, self._try_again)
+            self._pause()
         else:
-            self._retry = None
             self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _give_held(self) -> None:

@@ -2,7 +2,8 @@
 
 1. `/readyz` says no, answers carry `Connection: close`; everything is still served for `drain_delay_s`, so that load
    balancers have time to notice.
-2. The listener closes. Requests under way are answered; what still arrives on open connections gets 503 `draining`.
+2. The listeners close, HTTP's and gRPC's. Requests under way are answered; what still arrives on open connections gets
+   503 `draining`.
 3. When the last answer is sent, or after `drain_timeout_s`, the models close and the process ends.
 """
 
@@ -15,9 +16,9 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 
@@ -26,10 +27,17 @@ from topfive_server.config import ServerConfig
 from topfive_server.http_protocol import GuardedProtocol, guarded
 from topfive_server.serving import StartError
 
+if TYPE_CHECKING:
+    from topfive_server.oip_grpc import GrpcServer
+
 log = logging.getLogger(__name__)
 
 EXIT_LOST: Final = 1
 """Exit status: requests were cut off, because the drain time was over before they were answered."""
+_BACKLOG: Final = 2048
+"""Connections that the kernel accepts in our name and keeps until we take them."""
+_LAST_WORDS_S: Final = 1.0
+"""Seconds that requests which are cut off have to say so."""
 _SO_ATTACH_FILTER: Final = 26
 """Linux's; Python's socket module does not name it."""
 _DROP_SYN: Final = (
@@ -53,7 +61,9 @@ class Server(uvicorn.Server):
         *,
         on_listening: Callable[[], None] = lambda: None,
         protocol: type[GuardedProtocol] | None = None,
+        shared: bool = False,
     ) -> None:
+        """`shared`: other processes listen on the same gRPC port."""
         super().__init__(
             uvicorn.Config(
                 application,
@@ -65,19 +75,21 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=int(config.keep_alive_s) or 1,
-                timeout_graceful_shutdown=max(1, int(config.drain_timeout_s)),
-                backlog=2048,
+                timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # a delay, for `call_later`
                 ssl_certfile=config.tls_certificate,
                 ssl_keyfile=config.tls_key,
             )
         )
         self._application = application
+        self._limits = config
+        self._shared = shared
         self._on_listening = on_listening
-        self._drain_delay_s = config.drain_delay_s
-        self._drain_timeout_s = config.drain_timeout_s
+        self._grpc: GrpcServer | None = None
+        self._adopting: set[asyncio.Task[None]] = set()
+        self._closing = False
         self._drain_ends = float("inf")
         self._draining: asyncio.Task[None] | None = None
+        self._forced: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -97,26 +109,47 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Begin to drain; called again: stop at once."""
         if self._draining is None:
-            log.info("draining", extra={"delay_s": self._drain_delay_s})
-            self._drain_ends = monotonic() + self._drain_delay_s + self._drain_timeout_s
+            delay_s = self._limits.drain_delay_s
+            log.info("draining", extra={"delay_s": delay_s})
+            self._drain_ends = monotonic() + delay_s + self._limits.drain_timeout_s
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
-            log.warning("stopping at once; requests under way are lost")
-            self.should_exit = self.force_exit = True
+            self.stop_at_once()
+
+    def stop_at_once(self) -> None:
+        """Cut off what is under way, over HTTP and over gRPC."""
+        log.warning("stopping at once; requests under way are lost")
+        self.should_exit = self.force_exit = True
+        for handshake in self._adopting:
+            handshake.cancel()
+        self._forced = asyncio.get_running_loop().create_task(self._stop_grpc(0.0))
 
     async def _drain(self) -> None:
         self._application.begin_drain()
-        await asyncio.sleep(self._drain_delay_s)
+        await asyncio.sleep(self._limits.drain_delay_s)
         self._application.refuse_new()
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then call `on_listening`: from here on a connection is not refused."""
-        await super().startup(sockets)
+        """Listen, for gRPC too where it is asked for; then call `on_listening`: from here on nobody is refused.
+
+        Raises:
+            StartError: a port cannot be had.
+        """
+        await super().startup([])
+        for listener in sockets or []:
+            start_listening(listener)
+        if self._limits.grpc_port is not None:
+            self._grpc = await self._application.start_grpc(self._limits.grpc_port, shared=self._shared)
+        for listener in sockets or []:
+            server = await asyncio.get_running_loop().create_server(
+                self._make_protocol, sock=listener, backlog=_BACKLOG, **self._tls()
+            )
+            self.servers.append(server)
         self._on_listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listener without resetting the connections that the kernel has accepted in our name."""
+        """Close the listeners without resetting the connections that the kernel has accepted in our name; then drain."""
         await admit_the_last(sockets or [])
         adopted = [connection for listener in sockets or [] for connection in accept_all(listener)]
         for server in self.servers:
@@ -124,17 +157,47 @@ class Server(uvicorn.Server):
         for listener in sockets or []:
             listener.close()
         for connection in adopted:
-            await self.adopt(connection)
-        await super().shutdown(sockets)
+            self.adopt(connection)
+        grpc = asyncio.create_task(self._stop_grpc(self._left_s))
+        self._closing = True
+        for protocol in list(self.server_state.connections):
+            protocol.shutdown()
+        if self._adopting:
+            # A handshake may take as long as the others' requests; one that is not over by then has asked for nothing.
+            await asyncio.wait(self._adopting, timeout=self._left_s)
+        # Not 0, which is over before uvicorn has looked whether there is anything to wait for.
+        self.config.timeout_graceful_shutdown = max(0.1, self._left_s)  # type: ignore[assignment]  # for `wait_for`
+        await super().shutdown()
+        await grpc
+        if self.force_exit:
+            for task in self.server_state.tasks:
+                task.cancel()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORDS_S)
 
-    async def adopt(self, connection: socket.socket) -> bool:
-        """Serve a connection that was accepted elsewhere; whether it still lived."""
+    def adopt(self, connection: socket.socket) -> None:
+        """Serve a connection that was accepted elsewhere."""
+        task = asyncio.get_running_loop().create_task(self._adopt(connection))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopting.discard)
+
+    async def _adopt(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.connect_accepted_socket(self._make_protocol, connection, ssl=self.config.ssl)
+            _, protocol = await loop.connect_accepted_socket(self._make_protocol, connection, **self._tls())
         except OSError:  # its client has left, or its TLS handshake failed
-            return False
-        return True
+            self.not_adopted()
+        else:
+            if self._closing:
+                protocol.shutdown()
+
+    def not_adopted(self) -> None:
+        """Called when a connection to be adopted was none any more."""
+
+    async def _stop_grpc(self, timeout_s: float) -> None:
+        if self._grpc is not None:
+            cut_off = await self._grpc.stop(timeout_s)
+            self._application.cut_off += cut_off  # HTTP's own may have come meanwhile
 
     @property
     def lost_requests(self) -> bool:
@@ -144,37 +207,24 @@ class Server(uvicorn.Server):
     @property
     def drain_left_s(self) -> float:
         """What is left of the drain time for goodbyes, at least a second; nothing when it has to stop at once."""
-        return (
-            0.0 if self.force_exit else max(1.0, min(self._drain_ends - monotonic(), self._drain_timeout_s))
-        )
+        return 0.0 if self.force_exit else max(1.0, self._left_s)
 
-    def _make_protocol(self) -> asyncio.Protocol:
+    @property
+    def _left_s(self) -> float:
+        """Seconds of the drain time that are left for requests."""
+        if self.force_exit:
+            return 0.0
+        return max(0.0, min(self._drain_ends - monotonic(), self._limits.drain_timeout_s))
+
+    def _make_protocol(self) -> GuardedProtocol:
         protocol: type[GuardedProtocol] = self.config.http_protocol_class  # type: ignore[assignment]  # ours
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-
-@contextlib.asynccontextmanager
-async def offered_over_grpc(
-    application: Application, config: ServerConfig, *, shared: bool = False
-) -> AsyncIterator[None]:
-    """Triton's protocol over gRPC beside HTTP, where `grpc_port` asks for it.
-
-    Raises:
-        StartError: the port cannot be had.
-    """
-    if config.grpc_port is None:
-        yield
-        return
-    try:
-        server, port = await application.start_grpc(config.grpc_port, shared=shared)
-    except OSError as error:
-        raise StartError(str(error)) from error
-    log.info("serving gRPC", extra={"address": f"{config.host}:{port}"})
-    try:
-        yield
-    finally:
-        # New calls are refused since HTTP's listener closed; those under way are answered.
-        await server.stop(config.drain_timeout_s)
+    def _tls(self) -> dict[str, Any]:
+        """What the event loop is to know of TLS, where it is spoken. Its own limit for a handshake is a minute."""
+        if self.config.ssl is None:
+            return {}
+        return {"ssl": self.config.ssl, "ssl_handshake_timeout": self._limits.header_timeout_s}
 
 
 def accept_all(listener: socket.socket) -> list[socket.socket]:
@@ -206,7 +256,7 @@ async def admit_the_last(listeners: Sequence[socket.socket]) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind, so that a port in use is known before any model is loaded; uvicorn listens on it later.
+    """Bind, so that a port in use is known before any model is loaded; `start_listening` comes later.
 
     Raises:
         OSError: the address cannot be bound.
@@ -225,6 +275,21 @@ def listen(host: str, port: int) -> socket.socket:
         raise
     listener.setblocking(False)
     return listener
+
+
+def start_listening(listener: socket.socket) -> None:
+    """Let the kernel accept connections on a bound socket.
+
+    Raises:
+        StartError: another server, bound when this one was, listens there by now (socket(7), SO_REUSEADDR).
+    """
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise StartError(
+            f"cannot listen on {host} port {port}: {error.strerror}; stop what listens there, or give another --port"
+        ) from error
 
 
 def url_of(listener: socket.socket, config: ServerConfig) -> str:

@@ -18,7 +18,7 @@ from topfive._version import __version__
 from topfive_server.access import KeyRing
 from topfive_server.admission import Admission
 from topfive_server.config import ServerConfig
-from topfive_server.errors import NotReadyError, RequestError, UnauthorizedError
+from topfive_server.errors import DrainingError, NotReadyError, RequestError, UnauthorizedError
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.oip import EXTENSIONS, OpenInference
@@ -26,6 +26,7 @@ from topfive_server.oip_codec import ProtocolError, describe_output, parse_messa
 from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.repository import oldest_first
+from topfive_server.serving import StartError
 from topfive_server.session import one_line
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ _STATUS: Final = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """HTTP status -> gRPC status; INTERNAL for what is not here."""
+
+_LATER_S: Final = 60.0
+"""gRPC's own limit of a drain: only so much later, that the calls which are cut off can be counted before."""
 
 _Handler = Callable[[Any], Awaitable[Any]]
 
@@ -70,6 +74,10 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         self._keys = keys
         self._rest = rest
         self._traces = traces
+        self.under_way = 0
+        """Calls that are not answered yet."""
+        self.ending = False
+        """Whether the drain time is over: calls under way are cut off."""
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Whether the process answers."""
@@ -199,6 +207,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     ) -> Any:
         """Check the key, answer, and turn errors into gRPC statuses; counted like every other request."""
         started, status, code = monotonic(), 200, "ok"
+        self.under_way += 1
         try:
             self._authorize(context)
             return await handler(request)
@@ -207,12 +216,13 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         except RequestError as error:
             status, code, reason = error.status, error.code, error.detail
         except asyncio.CancelledError:
-            status, code = 499, "client-gone"
+            status, code = (503, DrainingError.code) if self.ending else (499, "client-gone")
             raise
         except Exception as error:
             log.exception("a gRPC request failed because of a mistake of ours")
             status, code, reason = 500, "internal", one_line(error)
         finally:
+            self.under_way -= 1
             self._metrics.requests.labels(f"grpc {name}", str(status), code).inc()
             self._metrics.request_seconds.labels(f"grpc {name}").observe(monotonic() - started)
             if self._traces is not None:
@@ -265,15 +275,37 @@ def _parameters(parameters: Any) -> dict[str, Any]:
     }
 
 
+class GrpcServer:
+    """A server that listens."""
+
+    def __init__(self, server: Any, service: GrpcInference, port: int) -> None:
+        self.port = port
+        self._server = server
+        self._service = service
+
+    async def stop(self, timeout_s: float) -> int:
+        """Refuse new calls, and answer those under way for `timeout_s` seconds; how many are cut off then.
+
+        Called again meanwhile with a shorter time, it ends sooner.
+        """
+        stopping = asyncio.create_task(self._server.stop(timeout_s + _LATER_S))
+        await asyncio.wait([stopping], timeout=timeout_s)
+        cut_off = self._service.under_way
+        self._service.ending = True
+        await self._server.stop(None)
+        await stopping
+        return cut_off
+
+
 async def start_grpc(
     service: GrpcInference, config: ServerConfig, port: int, *, shared: bool = False
-) -> tuple[Any, int]:
-    """Listen on `port` of the server's host (0 takes a free one); returns the server and its port.
+) -> GrpcServer:
+    """Listen on `port` of the server's host (0 takes a free one).
 
     `shared`: other processes listen there, too, and the kernel deals the connections out.
 
     Raises:
-        OSError: the port cannot be had, or the certificate not be read.
+        StartError: the port cannot be had, or the certificate not be read.
     """
     server = grpc.aio.server(
         options=[
@@ -290,8 +322,11 @@ async def start_grpc(
         else:
             bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
-        raise OSError(
+        raise StartError(
             f"cannot listen on {config.host} port {port} for gRPC; give another --grpc-port"
         ) from error
+    except OSError as error:
+        raise StartError(str(error)) from error
     await server.start()
-    return server, int(bound)
+    log.info("serving gRPC", extra={"address": f"{config.host}:{bound}"})
+    return GrpcServer(server, service, bound)

@@ -23,7 +23,7 @@ from topfive_server.devices import DeviceError, resolve_all
 from topfive_server.engine import EngineError
 from topfive_server.everywhere import Everywhere
 from topfive_server.handover import Handover, Line
-from topfive_server.lifecycle import EXIT_LOST, admit_the_last, url_of
+from topfive_server.lifecycle import EXIT_LOST, admit_the_last, start_listening, url_of
 from topfive_server.metrics import Metrics
 from topfive_server.reload import ReloadPolicy
 from topfive_server.serving import Offer, StartError, computing
@@ -105,6 +105,7 @@ class Parent:
         """The exit status, once there is one."""
         self._forced = asyncio.Event()
         """Told to stop a second time."""
+        self._told: list[asyncio.Task[None]] = []
         self._everywhere = Everywhere(
             self._workers,
             find=offer.find,
@@ -150,6 +151,7 @@ class Parent:
         loop = asyncio.get_running_loop()
         for number in OBEYED:
             loop.add_signal_handler(number, self._told_to_stop)
+        start_listening(self._listener)
         self._handover.start()
         log.info(
             "serving",
@@ -307,13 +309,15 @@ class Parent:
     # ------------------------------------------------------------------ the end
 
     def _told_to_stop(self) -> None:
+        loop = asyncio.get_running_loop()
         if self._draining is None:
             log.info("draining", extra={"delay_s": self._config.drain_delay_s})
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
+            self._draining = loop.create_task(self._drain())
         elif not self._forced.is_set():
             self._forced.set()
+            self._told = [loop.create_task(worker.tell("stop")) for worker in self._workers.values()]
             for worker in self._workers.values():
-                asyncio.get_running_loop().create_task(worker.tell("stop"))
+                loop.call_later(_PATIENCE_S, worker.kill)  # it may hang
 
     async def _drain(self) -> None:
         serving = [worker for worker in self._workers.values() if worker.serving]
@@ -322,7 +326,7 @@ class Parent:
             async with asyncio.timeout(self._config.drain_delay_s):
                 await self._forced.wait()
         await admit_the_last([self._listener])
-        self._handover.finish()
+        await self._handover.finish(min(_PATIENCE_S, self._config.drain_timeout_s))
         for worker in serving:
             worker.line.finish()
         await self._tell_all(serving, "finish")

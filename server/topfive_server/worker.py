@@ -29,9 +29,9 @@ from topfive_server.canary import Canary
 from topfive_server.channel import Channel
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
-from topfive_server.handover import ENDED, TAKEN
+from topfive_server.handover import ENDED, NOT_TAKEN, TAKEN, tell_now_and_then
 from topfive_server.http_protocol import GuardedProtocol
-from topfive_server.lifecycle import EXIT_LOST, Server, offered_over_grpc
+from topfive_server.lifecycle import EXIT_LOST, Server
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.repository import Repository
@@ -50,6 +50,10 @@ OBEYED: Final = (signal.SIGTERM, signal.SIGINT)
 """Signals that the parent acts on; a terminal and systemd send them to every process."""
 _ORPHAN_S: Final = 10.0
 """Seconds beyond the drain time that a worker without a parent may still live."""
+_EXHAUSTED_S: Final = 0.1
+"""Seconds until the next attempt to take a connection when no file descriptor was free."""
+_CLOSE_ON_EXEC: Final[int] = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+"""Where the system has it (recvmsg(2)); macOS does not."""
 
 
 def main(share: Share, models: Path, control: socket.socket, line: socket.socket) -> None:
@@ -85,7 +89,6 @@ class Worker:
         self._models = Models(share.config.model)
         self._metrics = Metrics()
         self._prepared: dict[tuple[str, str], ServedModel] = {}
-        self._adopting: set[asyncio.Task[None]] = set()
         self._untold = b""
         """What has become of connections, as far as the parent has not been told."""
         self._parent: Channel
@@ -225,7 +228,7 @@ class Worker:
             self._application, self._config, on_ready=listening.set, on_end=self._connection_ended
         )
         self._server = server
-        serving = asyncio.create_task(self._serve(server))
+        serving = asyncio.create_task(server.serve(sockets=[]))
         started = asyncio.create_task(listening.wait())
         await asyncio.wait([serving, started], return_when=asyncio.FIRST_COMPLETED)
         started.cancel()
@@ -234,10 +237,6 @@ class Worker:
         asyncio.get_running_loop().add_reader(self._line.fileno(), self._take)
         self._serving = serving
         self._started.set()
-
-    async def _serve(self, server: "_Handed") -> None:
-        async with offered_over_grpc(self._application, self._config, shared=True):
-            await server.serve(sockets=[])
 
     async def drain(self) -> None:
         """Say no to `/readyz`, and ask every client to reconnect elsewhere."""
@@ -249,38 +248,40 @@ class Worker:
         # Everything that was handed over before this word is on the line already.
         while self._take():
             pass
-        if self._adopting:
-            await asyncio.wait(self._adopting)
         self._server.stop()
 
     async def stop(self) -> None:
         """End at once; requests under way are lost."""
         if self._server is not None:
-            log.warning("stopping at once; requests under way are lost")
-            self._server.should_exit = self._server.force_exit = True
+            self._server.stop_at_once()
 
     def _take(self) -> bool:
         """Take one connection from the line; whether there was one."""
-        loop = asyncio.get_running_loop()
+        assert self._server is not None  # noqa: S101
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._line, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors, _, _ = socket.recv_fds(self._line, 1, 1, _CLOSE_ON_EXEC)
         except BlockingIOError:
             return False
         except OSError:
             data, descriptors = b"", []
-        for descriptor in descriptors:
-            task = loop.create_task(self._adopt(socket.socket(fileno=descriptor)))
-            self._adopting.add(task)
-            task.add_done_callback(self._adopting.discard)
+        if descriptors:
+            self._server.adopt(socket.socket(fileno=descriptors[0]))
             self._tell(TAKEN)
-        if not data:
-            loop.remove_reader(self._line.fileno())
+        elif (
+            data
+        ):  # the kernel has dropped the descriptor: there was no free number for it (recvmsg(2), MSG_CTRUNC)
+            self._tell(NOT_TAKEN)
+            self._pause()
+        else:
+            asyncio.get_running_loop().remove_reader(self._line.fileno())
         return bool(data)
 
-    async def _adopt(self, connection: socket.socket) -> None:
-        assert self._server is not None  # noqa: S101
-        if not await self._server.adopt(connection):
-            self._connection_ended()
+    def _pause(self) -> None:
+        """Take none for a moment, in which the parent may give them to others, or a connection may end here."""
+        tell_now_and_then("no file descriptor is free; connections wait or go to others (raise `ulimit -n`)")
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._line.fileno())
+        loop.call_later(_EXHAUSTED_S, loop.add_reader, self._line.fileno(), self._take)
 
     def _connection_ended(self) -> None:
         self._tell(ENDED)
@@ -314,7 +315,12 @@ class _Handed(Server):
         on_end: Callable[[], None],
     ) -> None:
         protocol = type("_Counted", (_Counted,), {"limits": config, "on_end": staticmethod(on_end)})
-        super().__init__(application, config, on_listening=on_ready, protocol=protocol)
+        super().__init__(application, config, on_listening=on_ready, protocol=protocol, shared=True)
+        self._on_end = on_end
+
+    def not_adopted(self) -> None:
+        """Tell."""
+        self._on_end()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

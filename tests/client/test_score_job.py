@@ -31,9 +31,12 @@ from tests.client.score_fakes import (
 from topfive.scoring import (
     InterruptedJobError,
     JobConfig,
+    LocalScorer,
     RefusedError,
+    Source,
     StoppedError,
     Summary,
+    run_job,
 )
 
 __all__ = ["photos", "uninterrupted"]
@@ -79,6 +82,17 @@ def test_every_image_has_its_own_row_in_a_stable_order(photos: Path, tmp_path: P
         assert (row["width"], row["height"]) == (20 + index % 7, 30)
         assert (row["model"], row["version"], row["status"], row["error"]) == ("fake", "1", "ok", None)
     assert not results.with_name("r.jsonl.parts").exists()
+
+
+def test_how_many_threads_decode_is_known_where_there_is_no_affinity(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS
+
+    def open_scorer(source: Source) -> LocalScorer:
+        return LocalScorer(FakeClassifier(), source, top_k=5, max_pixels=JobConfig().max_pixels)
+
+    assert run_job(str(photos), tmp_path / "r.csv", open_scorer, config=JobConfig()).ok == FILES
 
 
 def test_statistics_are_written_beside_the_results(photos: Path, tmp_path: Path) -> None:

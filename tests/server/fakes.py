@@ -1,10 +1,12 @@
-"""An engine whose answers can be told from the pixels, and that fails when told to; images to send it."""
+"""An engine whose answers can be told from the pixels, and that fails when told to; images to send it; a certificate."""
 
 import asyncio
 import io
+import subprocess
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,3 +136,12 @@ def pixels(red: int) -> NDArray[np.uint8]:
     image = np.zeros((CROP, CROP, 3), np.uint8)
     image[..., 0] = red
     return image
+
+
+def make_certificate(folder: Path, name: str, *flags: str) -> tuple[Path, Path]:
+    """Paths of a certificate for this machine's loopback address, and of its key."""
+    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", *flags, "-keyout", key, "-out", certificate]
+    subprocess.run([*map(str, make), *subject], check=True, capture_output=True)
+    return certificate, key

@@ -3,12 +3,11 @@
 import hashlib
 import re
 import ssl
-import subprocess
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from tests.server.fakes import picture
+from tests.server.fakes import make_certificate, picture
 from tests.server.harness import serving
 
 from topfive.errors import TopfiveError
@@ -76,14 +75,6 @@ def test_a_missing_key_file(tmp_path: Path) -> None:
         KeyRing.read(tmp_path / "none")
 
 
-def make_certificate(folder: Path, name: str, *flags: str) -> tuple[Path, Path]:
-    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", *flags, "-keyout", key, "-out", certificate]
-    subprocess.run([*map(str, make), *subject], check=True, capture_output=True)
-    return certificate, key
-
-
 def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path, "one", "-nodes")
     other, locked = make_certificate(tmp_path, "other", "-passout", "pass:secret")
@@ -110,3 +101,10 @@ def test_tls(tmp_path: Path) -> None:
         with server.connect() as plain:
             plain.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert not plain.recv(100).startswith(b"HTTP")
+
+
+def test_a_connection_that_never_says_hello_is_closed_as_one_that_sends_no_headers(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "server", "-nodes")
+    tls = {"tls_certificate": certificate, "tls_key": key}
+    with serving(**tls, header_timeout_s=0.2) as server, server.connect() as silent:
+        assert silent.recv(1) == b""

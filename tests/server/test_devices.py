@@ -3,11 +3,13 @@
 import ctypes
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import onnxruntime
 import pytest
 
 from topfive_server import devices
+from topfive_server.config import ServerConfig
 from topfive_server.devices import (
     Device,
     DeviceError,
@@ -192,10 +194,11 @@ def test_on_this_machine_the_real_checks_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quota", "expected"), [("max 100000", 4), ("150000 100000", 2), ("10000 100000", 1)]
+    ("quota", "physical", "logical"),
+    [("max 100000", 4, 8), ("500000 100000", 4, 5), ("150000 100000", 2, 2), ("10000 100000", 1, 1)],
 )
-def test_cores_count_neither_hyper_threads_nor_what_a_containers_quota_forbids(
-    monkeypatch: pytest.MonkeyPatch, quota: str, expected: int
+def test_neither_the_engine_nor_decoding_has_more_threads_than_a_containers_quota(
+    monkeypatch: pytest.MonkeyPatch, quota: str, physical: int, logical: int
 ) -> None:
     def read(path: Path, **kwargs: Any) -> str:
         if path.name == "cpu.max":
@@ -205,4 +208,12 @@ def test_cores_count_neither_hyper_threads_nor_what_a_containers_quota_forbids(
 
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(Path, "read_text", read)
-    assert cores() == expected
+    assert cores() == physical
+    assert ServerConfig().resolved_decode_threads == logical
+
+
+def test_cores_are_known_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))
+    assert (cores(), cores(hyper_threads=True)) == (3, 3)

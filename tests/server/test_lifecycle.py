@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.server.fakes import FakeEngine, picture
-from tests.server.harness import eventually, read_reply, serving
+from tests.server.harness import Harness, eventually, read_reply, serving
 from tests.server.onnx_models import write_model
 from tests.server.real_server import Load, Process, run
 
@@ -103,11 +103,60 @@ def test_the_drain_time_is_bounded_and_the_loss_is_told() -> None:
         assert server.server.lost_requests
 
 
+def test_fractions_of_a_second_count() -> None:
+    with serving(keep_alive_s=0.25, drain_timeout_s=0.5) as server:
+        with contextlib.closing(server.connect()) as kept:
+            kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_reply(kept).status == 200
+            assert kept.recv(1) == b""
+        assert server.server.config.timeout_keep_alive == 0.25
+        server.stop()
+        assert server.server.config.timeout_graceful_shutdown is not None
+        assert 0.1 <= server.server.config.timeout_graceful_shutdown <= 0.5
+
+
 def test_a_second_signal_stops_at_once(repository: Path) -> None:
     with Process.running(repository, "--drain-delay-s", 60) as process:
         process.process.send_signal(signal.SIGINT)
         eventually(lambda: any(line["message"] == "draining" for line in process.log))
         assert process.stop(signal.SIGINT, timeout_s=10) == 1
+
+
+def test_a_second_signal_cuts_off_what_is_under_way() -> None:
+    with serving(drain_timeout_s=600, grpc_port=0) as server, ThreadPoolExecutor() as threads:
+        server.hold()
+        pending = threads.submit(server.classify, picture(6))
+        eventually(lambda: server.engine.seen == [6])
+        server.loop.call_soon_threadsafe(server.server.stop)
+        eventually(lambda: server.server._closing)
+        server.loop.call_soon_threadsafe(server.server.stop)
+        assert pending.result().code == "draining"
+        assert server.server.lost_requests
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_cut_off_shows_in_the_exit_status(repository: Path, processes: int) -> None:
+    flags = ("--processes", processes, "--drain-delay-s", 0, "--drain-timeout-s", 0.5)
+    with (
+        Process.running(repository, *flags) as process,
+        socket.create_connection(("127.0.0.1", process.port)) as connection,
+    ):
+        connection.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+        eventually(lambda: b"topfive_inflight_bytes 4.0" in process.request("GET", "/metrics")[1])
+        assert process.stop() == 1
+        assert read_reply(connection).code == "draining"
+
+
+def test_the_second_of_two_servers_that_start_at_the_same_time_says_that_the_port_is_in_use() -> None:
+    late = Harness([FakeEngine()], ServerConfig(drain_delay_s=0, grpc_port=0))  # it is bound
+    with listen("127.0.0.1", late.port) as first:  # which SO_REUSEADDR allows as long as nobody listens
+        first.listen()
+        try:
+            with pytest.raises(StartError, match="Address already in use; stop what listens there"):
+                late.start()
+        finally:
+            with contextlib.suppress(StartError):
+                late.stop()
 
 
 def test_flags_environment_and_readiness_of_a_real_model(repository: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.server.fakes import CLASSES, CROP, FakeEngine, make_info, pixels, predictions
+from tests.server.fakes import CLASSES, CROP, FakeEngine, make_info, picture, pixels, predictions
 from tests.server.harness import Harness, eventually, serving
 from tests.server.onnx_models import expected_scores, random_images, write_model
 from tests.server.real_triton import free_port
@@ -28,18 +28,18 @@ from tritonclient.grpc import (
 )
 from tritonclient.utils import InferenceServerException
 
+from topfive_server.serving import StartError
+
 
 @contextmanager
 def offered(*engines: FakeEngine, **settings: Any) -> Iterator[tuple[Harness, InferenceServerClient]]:
-    with serving(*engines, **settings) as server:
-        rpc, port = server.call(server.application.start_grpc(0))
-        client = InferenceServerClient(f"127.0.0.1:{port}")
+    with serving(*engines, grpc_port=0, **settings) as server:
+        assert server.server._grpc is not None
+        client = InferenceServerClient(f"127.0.0.1:{server.server._grpc.port}")
         try:
             yield server, client
         finally:
             client.close()
-            server.engine.gate.set()
-            server.call(rpc.stop(1))
 
 
 def tensor(*reds: int) -> InferInput:
@@ -161,6 +161,46 @@ def test_a_full_queue_and_a_cancelled_call() -> None:
         assert server.engine.seen == [1, 4]
 
 
+def test_a_call_that_is_cut_off_at_the_end_of_the_drain_is_a_loss() -> None:
+    with offered(drain_timeout_s=0.3) as (server, client), ThreadPoolExecutor() as threads:
+        server.hold()
+        done: Future[Any] = Future()
+        client.async_infer("fake", [tensor(1)], lambda result, error: done.set_result(error))
+        eventually(lambda: server.engine.seen == [1])
+        beside = threads.submit(server.classify, picture(2))
+        eventually(lambda: server.application.admission.images == 2)
+        server.stop()
+        assert done.result(10).status() == "StatusCode.UNAVAILABLE"
+        assert beside.result(10).code == "draining"
+        assert server.server.lost_requests
+        assert server.application.cut_off == 2
+        counted = {"route": "grpc ModelInfer", "status": "503", "code": "draining"}
+        assert server.application.metrics.registry.get_sample_value("topfive_requests_total", counted) == 1
+
+
+def test_a_call_under_way_is_answered_in_the_drain() -> None:
+    with offered(FakeEngine(delay_s=0.4)) as (server, client):
+        done: Future[Any] = Future()
+        client.async_infer("fake", [tensor(1)], lambda result, error: done.set_result((result, error)))
+        eventually(lambda: server.engine.seen == [1])
+        server.stop()
+        assert done.result(10)[1] is None
+        assert not server.server.lost_requests
+
+
+def test_a_second_signal_cuts_calls_off() -> None:
+    with offered(drain_timeout_s=600) as (server, client):
+        server.hold()
+        done: Future[Any] = Future()
+        client.async_infer("fake", [tensor(1)], lambda result, error: done.set_result(error))
+        eventually(lambda: server.engine.seen == [1])
+        server.loop.call_soon_threadsafe(server.server.stop)
+        eventually(lambda: server.server._closing)
+        server.loop.call_soon_threadsafe(server.server.stop)
+        assert done.result(10).status() == "StatusCode.UNAVAILABLE"
+        server.stop()
+
+
 def test_a_key_is_needed_where_there_are_keys(tmp_path: Path) -> None:
     keys = tmp_path / "keys.txt"
     keys.write_text(f"{hashlib.sha256(b'secret').hexdigest()} somebody\n")
@@ -179,7 +219,7 @@ def test_a_key_is_needed_where_there_are_keys(tmp_path: Path) -> None:
 def test_a_port_in_use_is_a_sentence() -> None:
     with offered() as (server, client):
         port = int(client._channel._channel.target().decode().rpartition(":")[2])
-        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {port} for gRPC"):
+        with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1 port {port} for gRPC"):
             server.call(server.application.start_grpc(port))
 
 

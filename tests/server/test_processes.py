@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.fakes import picture
+from tests.server.fakes import make_certificate, picture
 from tests.server.harness import eventually
 from tests.server.onnx_models import write_model
 from tests.server.real_server import Load, Process, run
@@ -175,6 +175,31 @@ def test_a_second_signal_ends_all_at_once(models: Path) -> None:
         eventually(lambda: any(line["message"] == "draining" for line in process.log))
         assert process.stop(signal.SIGINT, timeout_s=15) == 1
         assert not any(map(alive, pids(process).values()))
+
+
+def test_a_second_signal_does_not_wait_for_a_worker_that_hangs(models: Path) -> None:
+    flags = ("--processes", 2, "--drain-timeout-s", 600, "--engine-timeout-s", 600)
+    with Process.running(models, *flags) as process, contextlib.ExitStack() as stack:
+        victim = pids(process)[2]
+        stack.enter_context(contextlib.suppress(ProcessLookupError))
+        stack.callback(os.kill, victim, signal.SIGKILL)
+        os.kill(victim, signal.SIGSTOP)
+        process.process.send_signal(signal.SIGTERM)
+        eventually(lambda: any(line["message"] == "draining" for line in process.log))
+        assert process.stop(timeout_s=30) == 1
+        assert not any(map(alive, pids(process).values()))
+
+
+def test_a_connection_that_never_says_hello_does_not_keep_a_worker_from_ending(
+    models: Path, tmp_path: Path
+) -> None:
+    certificate, key = make_certificate(tmp_path, "server", "-nodes")
+    flags = ("--tls-certificate", certificate, "--tls-key", key, "--drain-delay-s", 0, "--drain-timeout-s", 1)
+    with (
+        Process.running(models, "--processes", 2, *flags) as process,
+        socket.create_connection(("127.0.0.1", process.port)),
+    ):
+        assert process.stop() == 0
 
 
 def test_no_orphans_stay_when_the_parent_is_killed(models: Path) -> None:

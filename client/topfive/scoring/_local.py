@@ -1,7 +1,6 @@
 """Scoring with the engine in this process: threads read and decode while the engine works on the batch before."""
 
 import importlib
-import os
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from topfive.scoring._scorer import Identity, run_ahead
 from topfive.scoring._sources import ReadError, Source
 
 _ENGINE: Final = "topfive_server.local"
+_DEVICES: Final = "topfive_server.devices"
 _STATUS: Final[dict[type[ImageError], str]] = {
     UnsupportedFormatError: "unsupported-format",
     ImageTooLargeError: "too-many-pixels",
@@ -95,7 +95,7 @@ class LocalScorer:
         self._source = source
         self._top_k = top_k
         self._max_pixels = max_pixels
-        self._threads = decode_threads or len(os.sched_getaffinity(0))
+        self._threads = decode_threads or importlib.import_module(_DEVICES).cores(hyper_threads=True)
 
     @property
     def identity(self) -> Identity:
