@@ -1,7 +1,6 @@
-"""`topfive load-test`: the command, its table, JSON and picture around `topfive.loadtest`."""
+"""`topfive load-test`: the command, its table and JSON around `topfive.loadtest`."""
 
 import asyncio
-import importlib
 import json
 import os
 import platform
@@ -17,7 +16,9 @@ from rich.table import Table
 from topfive._folders import files_below
 from topfive._settings import API_KEY_VARIABLE
 from topfive._version import __version__
-from topfive.loadtest import LoadTestConfig, LoadTestError, Measured, Point, best_rate, run
+from topfive.cli._load_picture import draw, pyplot
+from topfive.cli._load_plan import Measured, run
+from topfive.loadtest import LoadTestConfig, LoadTestError, Point, best_rate
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 """What counts as an image in a folder."""
@@ -51,7 +52,7 @@ def load_test(
     config = config or LoadTestConfig()
     # Fail before the load, not after it.
     if plot is not None:
-        _pyplot()
+        pyplot()
     for output in filter(None, (json_path, plot)):
         _see_writable(output)
     bodies = read_images(images, config.max_image_bytes)
@@ -181,46 +182,3 @@ def generator() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
     }
-
-
-def _pyplot() -> Any:
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-        matplotlib.use("Agg")
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise LoadTestError(
-            "--plot needs matplotlib, which is not installed: pip install 'topfive[plot]'"
-        ) from error
-
-
-def draw(points: Sequence[Point], p99_ms: float | None, path: Path) -> None:
-    """A picture of latency against rate: open loops as curves, closed loops as single marks."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    tried = sorted((p for p in points if p.loop == "open" and p.answered), key=lambda point: point.asked)
-    for name, color in (("p50", "tab:blue"), ("p90", "tab:orange"), ("p99", "tab:red")):
-        values = [getattr(point, f"{name}_ms") for point in tried]
-        axes.plot([point.asked for point in tried], values, "o-", color=color, label=f"{name}, open loop")
-    for point in points:
-        if point.loop == "closed" and point.answered:
-            axes.plot(point.rate, point.p99_ms, "s", color="tab:gray")
-            style = {"fontsize": 8, "color": "dimgray", "ha": "center", "textcoords": "offset points"}
-            text = f"{point.asked:.0f} connection{'' if point.asked == 1 else 's'}"
-            axes.annotate(text, (point.rate, point.p99_ms), xytext=(0, 7), **style)
-    axes.plot([], [], "s", color="tab:gray", label="p99, closed loop")
-    if p99_ms is not None:
-        axes.axhline(p99_ms, color="tab:red", linestyle=":", label=f"{p99_ms:g} ms asked for")
-    axes.set(
-        yscale="log", xlabel="requests per second", ylabel="latency in ms, from the time the request was due"
-    )
-    # Not a number at each of a decade's nine lines: they would overlap.
-    axes.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.margins(x=0.1, y=0.15)
-    axes.set_xlim(left=0)
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
