@@ -16,6 +16,7 @@ from topfive.loadtest import (
     arrival_times,
     best_rate,
     closed_loop,
+    limit_is_the_generators,
     open_loop,
     quantile,
     search,
@@ -82,6 +83,7 @@ def test_an_open_loop_below_capacity_sees_the_service_time() -> None:
     assert point.rate == pytest.approx(50, rel=0.01)
     assert point.p99_ms == pytest.approx(10, rel=0.01)
     assert point.lag_p99_ms == pytest.approx(0, abs=0.01)
+    assert not point.generator_late
 
 
 def test_a_stall_is_charged_to_all_who_would_have_come_during_it() -> None:
@@ -114,6 +116,7 @@ def test_a_generator_that_is_late_charges_itself_and_says_so() -> None:
     assert point.max_ms == pytest.approx(2000, rel=0.01)
     assert point.p90_ms > 900, "those that it sent late are charged as well"
     assert point.lag_p99_ms > 1700
+    assert point.generator_bound
 
 
 def test_overload_is_broken_off() -> None:
@@ -124,6 +127,20 @@ def test_overload_is_broken_off() -> None:
     assert point.overloaded
     assert point.answered == 50
     assert not point.keeps(1e9)
+
+
+@pytest.mark.parametrize(
+    ("service_s", "asked", "reached"),
+    [(0.010, 200, 100), (0.010, 50, 50), (4.0, 0.2, 0.2)],
+    ids=["queue", "no queue", "slow, no queue"],
+)
+def test_the_rate_is_what_the_server_did_while_the_load_lasted(
+    service_s: float, asked: float, reached: float
+) -> None:
+    async def run() -> Point:
+        return await open_loop(server_of(1, service_s), asked, EVEN)
+
+    assert virtually(run()).rate == pytest.approx(reached, rel=0.02)
 
 
 def test_errors_are_counted_by_reason_and_are_no_latencies() -> None:
@@ -189,6 +206,25 @@ def test_a_limit_that_nothing_keeps_is_found_to_be_so() -> None:
     virtually(search(try_rate, capacity=100.0, p99_ms=100.0))
     assert best_rate(tried, 100.0) is None
     assert len(tried) <= 9
+
+
+def test_the_search_ends_where_next_to_nothing_would_be_sent() -> None:
+    tried: list[float] = []
+
+    async def try_rate(rate: float) -> Point:
+        tried.append(rate)
+        return point_at(rate, 500.0)
+
+    virtually(search(try_rate, capacity=100.0, p99_ms=100.0, least_rate=20.0))
+    assert tried == [80.0, 40.0, 20.0]
+
+
+def test_a_limit_is_the_generators_where_that_was_late() -> None:
+    sound, late, missed = point_at(100, 50), point_at(150, 900, lag_p99_ms=800.0), point_at(150, 900)
+    assert limit_is_the_generators([sound, late], 100.0)
+    assert limit_is_the_generators([replace(sound, lag_p99_ms=30.0)], 100.0)
+    assert not limit_is_the_generators([sound, missed], 100.0)
+    assert not limit_is_the_generators([sound, missed, replace(late, asked=200.0)], 100.0)
 
 
 def test_a_lucky_point_above_a_failed_one_does_not_count() -> None:
