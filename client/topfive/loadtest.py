@@ -56,7 +56,9 @@ class LoadTestConfig:
     max_in_flight: int = 1000
     """Open loop: unanswered requests at which a point is broken off as overloaded."""
     max_image_bytes: int = 256 * 1024 * 1024
-    """Bytes of images held in memory; more files are left out."""
+    """Bytes of images held in memory; files that would exceed it are left out."""
+    max_images: int = 256
+    """Different images to send; of more files, so many from first to last. Each is sent once before the loads."""
     seed: int = 0
     """Of the random times."""
 
@@ -65,7 +67,7 @@ class LoadTestConfig:
         for name in ("connections", "rates"):
             if not all(math.isfinite(value) and value > 0 for value in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; every one must be above 0")
-        for name in ("duration_s", "timeout_s", "max_in_flight", "max_image_bytes", "p99_ms"):
+        for name in ("duration_s", "timeout_s", "max_in_flight", "max_image_bytes", "max_images", "p99_ms"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be above 0")
