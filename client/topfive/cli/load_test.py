@@ -16,7 +16,7 @@ from rich.table import Table
 from topfive._folders import files_below
 from topfive._settings import API_KEY_VARIABLE
 from topfive._version import __version__
-from topfive.cli._load_picture import draw, pyplot
+from topfive.cli._load_picture import draw, see_drawable
 from topfive.cli._load_plan import Measured, run
 from topfive.errors import TopfiveError
 from topfive.loadtest import (
@@ -64,7 +64,7 @@ def load_test(
     config = config or LoadTestConfig()
     # Fail before the load, not after it.
     if plot is not None:
-        pyplot()
+        see_drawable()
     for output in filter(None, (json_path, plot)):
         _see_writable(output)
     # No markup and no wrapping: names of files are printed.
@@ -120,7 +120,7 @@ def _report(
         }
         json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
-        draw(measured.points, config.p99_ms, plot)
+        draw(measured.points, config.p99_ms, plot, title=f"topfive load-test {url}")
     return best
 
 
