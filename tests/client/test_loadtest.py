@@ -119,6 +119,22 @@ def test_a_generator_that_is_late_charges_itself_and_says_so() -> None:
     assert point.generator_bound
 
 
+def test_a_generator_that_cannot_send_so_fast_ends_the_load_all_the_same() -> None:
+    async def run() -> Point:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+
+        async def ask(_: int) -> str | None:
+            loop.now += 1.0  # of the generator's own time
+            return None
+
+        return await open_loop(ask, 10, EVEN)
+
+    point = virtually(run())
+    assert point.seconds <= 22
+    assert point.generator_late
+
+
 def test_overload_is_broken_off() -> None:
     async def run() -> Point:
         return await open_loop(server_of(1, 1.0), 100, replace(EVEN, max_in_flight=50))
