@@ -173,7 +173,7 @@ from tests.client.fake_server import FakeServer, listening
 
 class Mortal(FakeServer):
     def answer(self, *request):
-        if len(self.requests) > 10:
+        if len(self.requests) > 4:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().answer(*request)
 

@@ -43,7 +43,7 @@ def draw(points: Sequence[Point], p99_ms: float | None, path: Path, *, title: st
     if p99_ms is not None:
         axes.axhline(p99_ms, color="tab:red", linestyle=":", label=f"{p99_ms:g} ms asked for")
         if best := best_rate(points, p99_ms):
-            label = f"highest rate: {best.asked:.1f}/s, {best.rate:.1f}/s reached"
+            label = f"highest rate: {best.asked:.1f}/s\n({best.rate:.1f}/s reached)"
             axes.axvline(best.rate, color="tab:green", linestyle="--", label=label)
     axes.set(
         title=title,
