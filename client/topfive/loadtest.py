@@ -4,8 +4,8 @@ Two kinds of load. *Closed loop*: N connections, each sends its next request whe
 users would; it finds the throughput. *Open loop*: requests leave at times drawn beforehand, whatever became of the
 earlier ones, as a public would; it finds the latency. An answer's latency counts from the moment its request was *due*:
 a stall of the server is charged to everybody who would have come during it, and not only to the one who was there
-("coordinated omission", Gil Tene, "How NOT to Measure Latency", 2013). That also charges our own slowness, so the
-report has the generator's lag and its share of a core.
+("coordinated omission", Gil Tene, "How NOT to Measure Latency", 2013). That also charges our own slowness, so each
+point has the generator's lag and its share of a core, and says when they are too large to judge the server by.
 """
 
 import asyncio
@@ -19,14 +19,15 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from topfive._async_client import AsyncClient
-from topfive._results import Model
-from topfive._retry import RetryPolicy
-from topfive.errors import ApiError, ApiStatusError, ApiTimeoutError, TopfiveError
+from topfive.errors import TopfiveError
 
-_SWEEP = (0.5, 0.7, 0.8, 0.9, 1.0)
-"""Shares of the closed loop's best rate that the open loop tries when nothing else is asked for."""
 _SEARCH_STEPS = 9
+ANSWERS_FOR_P99 = 100
+"""With fewer, the 99th percentile by nearest rank is the slowest answer, which is chance."""
+_LATE_SHARE = 0.2
+_LATE_MS = 2.0
+"""Of lag; timers are this coarse on a machine that has time."""
+_BUSY_CORES = 0.8
 
 
 class LoadTestError(TopfiveError):
@@ -55,7 +56,9 @@ class LoadTestConfig:
     max_in_flight: int = 1000
     """Open loop: unanswered requests at which a point is broken off as overloaded."""
     max_image_bytes: int = 256 * 1024 * 1024
-    """Bytes of images held in memory; more files are left out."""
+    """Bytes of images held in memory; files that would exceed it are left out."""
+    max_images: int = 256
+    """Different images to send; of more files, so many from first to last. Each is sent once before the loads."""
     seed: int = 0
     """Of the random times."""
 
@@ -64,7 +67,7 @@ class LoadTestConfig:
         for name in ("connections", "rates"):
             if not all(math.isfinite(value) and value > 0 for value in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; every one must be above 0")
-        for name in ("duration_s", "timeout_s", "max_in_flight", "max_image_bytes", "p99_ms"):
+        for name in ("duration_s", "timeout_s", "max_in_flight", "max_image_bytes", "max_images", "p99_ms"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be above 0")
@@ -79,9 +82,26 @@ class _Tally:
     """What happened during one point."""
 
     latencies_s: list[float] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)
+    """When each of them was complete, from the start."""
     lags_s: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     overloaded: bool = False
+    seconds: float = 0.0
+    cpu_s: float = 0.0
+
+    def count(self, error: str | None, latency_s: float, answered_s: float) -> None:
+        """A request has its answer, or has failed."""
+        if error is None:
+            self.latencies_s.append(latency_s)
+            self.answered_s.append(answered_s)
+        else:
+            self.errors[error] += 1
+
+    def rate(self) -> float:
+        """See `Point.rate`."""
+        ends = self.seconds + min(self.latencies_s, default=0.0)
+        return sum(answered <= ends for answered in self.answered_s) / self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +115,10 @@ class Point:
     answered: int
     """Requests that were classified."""
     errors: dict[str, int]
-    """Failed requests by reason: a status, `timeout` or `connection`."""
+    """Failed requests by reason: a status, `timeout`, `connection`, or `malformed` (no topfive server's answer)."""
     rate: float
-    """Classified requests per second."""
+    """Classified requests per second. An open loop's last answers count until the shortest latency after the load: those
+    of a queue that was left do not, nor are those missed that could not come sooner."""
     p50_ms: float
     p90_ms: float
     p99_ms: float
@@ -108,91 +129,27 @@ class Point:
     """Cores that the generator used."""
     overloaded: bool = False
     """Broken off because too many requests were unanswered."""
+    probe: bool = False
+    """Tried to see where the server fails (the sweep, the search), not asked for."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether requests failed, or the load was broken off."""
+        return bool(self.errors) or self.overloaded
+
+    @property
+    def generator_late(self) -> bool:
+        """Whether more than a fifth of the p99 may be the generator's own lag."""
+        return self.lag_p99_ms > max(_LATE_MS, _LATE_SHARE * self.p99_ms)
+
+    @property
+    def generator_bound(self) -> bool:
+        """Whether the generator was late, or used most of a core: a limit seen here may be its own."""
+        return self.generator_late or self.generator_cpu > _BUSY_CORES
 
     def keeps(self, p99_ms: float) -> bool:
         """Whether all answers came, and 99 % of them in time."""
-        return not self.errors and not self.overloaded and self.answered > 0 and self.p99_ms <= p99_ms
-
-
-@dataclass(kw_only=True)
-class Measured:
-    """What a test has found so far."""
-
-    points: list[Point] = field(default_factory=list)
-    models: tuple[Model, ...] = ()
-    """Those that the server offers."""
-
-
-async def run(
-    url: str,
-    bodies: Sequence[bytes],
-    config: LoadTestConfig,
-    *,
-    measured: Measured,
-    api_key: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> None:
-    """The whole test: closed loops, then open loops.
-
-    Args:
-        url: address of the server.
-        bodies: image files, sent in turn.
-        config: what to try.
-        measured: takes what is found, as it is found, so that an end before the end leaves what was there.
-        api_key: key that the server asks for.
-        say: told what is about to happen.
-
-    Raises:
-        LoadTestError: not one image was classified.
-        ApiError: the server cannot be asked at all.
-    """
-    points = measured.points
-    # One attempt: what the server refuses is what we are here to see.
-    retry = RetryPolicy(attempts=1)
-    async with AsyncClient(url, api_key=api_key, timeout=config.timeout_s, retry=retry) as client:
-        measured.models = await client.models()
-        ask = _asker(client, bodies)
-        if config.warmup_s:
-            await closed_loop(ask, 4, config.warmup_s)
-        for connections in config.connections:
-            many = "" if connections == 1 else "s"
-            say(f"closed loop, {connections} connection{many}, {config.duration_s:g} s")
-            points.append(await closed_loop(ask, connections, config.duration_s))
-
-        async def try_rate(rate: float) -> Point:
-            say(f"open loop, {rate:.1f} requests/s, {config.duration_s:g} s")
-            points.append(await open_loop(ask, rate, config))
-            return points[-1]
-
-        best = max((point.rate for point in points), default=0.0)
-        if not config.rates and best == 0.0:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in points[0].errors.items())
-            raise LoadTestError(
-                f"no image was classified by {url} ({reasons}), so there is nothing to measure; "
-                "`topfive classify` with one of them says why"
-            )
-        for rate in config.rates or (() if config.p99_ms else [share * best for share in _SWEEP]):
-            await try_rate(rate)
-        if config.p99_ms is not None:
-            await try_rate(best / 2 or config.rates[0])  # what answers take without a queue
-            await search(try_rate, max([best, *config.rates]), config.p99_ms)
-
-
-def _asker(client: AsyncClient, bodies: Sequence[bytes]) -> Callable[[int], Awaitable[str | None]]:
-    """`await ask(n)`: send the n-th image; None, or why it failed."""
-
-    async def ask(number: int) -> str | None:
-        try:
-            await client.classify(bodies[number % len(bodies)])
-        except ApiStatusError as error:
-            return str(error.status)
-        except ApiTimeoutError:
-            return "timeout"
-        except ApiError:
-            return "connection"
-        return None
-
-    return ask
+        return not self.failed and self.answered > 0 and self.p99_ms <= p99_ms
 
 
 async def closed_loop(
@@ -207,10 +164,11 @@ async def closed_loop(
     async def worker() -> None:
         while (sent := clock()) < started + duration_s:
             error = await ask(next(numbers))
-            _count(tally, error, clock() - sent)
+            tally.count(error, clock() - sent, clock() - started)
 
     await asyncio.gather(*(worker() for _ in range(connections)))
-    return _point("closed", connections, tally, clock() - started, time.process_time() - cpu)
+    tally.seconds, tally.cpu_s = clock() - started, time.process_time() - cpu
+    return _point("closed", connections, tally)
 
 
 async def open_loop(
@@ -225,21 +183,25 @@ async def open_loop(
     async def send(number: int, due: float) -> None:
         tally.lags_s.append(clock() - due)
         error = await ask(number)
-        _count(tally, error, clock() - due)
+        tally.count(error, clock() - due, clock() - started)
 
     for number, offset in enumerate(arrival_times(rate, config)):
         # Sleeping even when late lets the answers that have come be counted.
         await asyncio.sleep(max(0.0, started + offset - clock()))
+        if clock() - started > 2 * config.duration_s:
+            break  # the generator cannot send so fast, which its lag says; the load is bounded all the same
         if len(under_way) >= config.max_in_flight:
             tally.overloaded = True
             break
         task = asyncio.create_task(send(number, started + offset))
         under_way.add(task)
         task.add_done_callback(under_way.discard)
-    sending_s = clock() - started
-    # Those that are under way have their time-out; what they answer counts.
+    else:
+        await asyncio.sleep(max(0.0, started + config.duration_s - clock()))
+    tally.seconds, tally.cpu_s = clock() - started, time.process_time() - cpu
+    # Those that are under way have their time-out; their latencies and errors count.
     await asyncio.gather(*under_way)
-    return _point("open", rate, tally, max(sending_s, config.duration_s), time.process_time() - cpu)
+    return _point("open", rate, tally)
 
 
 def arrival_times(rate: float, config: LoadTestConfig) -> Iterator[float]:
@@ -255,8 +217,10 @@ def arrival_times(rate: float, config: LoadTestConfig) -> Iterator[float]:
         due += draw.expovariate(rate)
 
 
-async def search(try_rate: Callable[[float], Awaitable[Point]], capacity: float, p99_ms: float) -> None:
-    """Try rates until the highest that keeps `p99_ms` is known to 5 %, or after a few steps."""
+async def search(
+    try_rate: Callable[[float], Awaitable[Point]], capacity: float, p99_ms: float, least_rate: float = 0.0
+) -> None:
+    """Try rates until the highest that keeps `p99_ms` is known to 5 %, or after a few steps, or below `least_rate`."""
     low, high = 0.0, math.inf
     rate = 0.8 * capacity
     for _ in range(_SEARCH_STEPS):
@@ -270,43 +234,44 @@ async def search(try_rate: Callable[[float], Awaitable[Point]], capacity: float,
             return
         else:
             rate = (low + high) / 2
+        if rate < least_rate:
+            return
+
+
+def lowest_miss(points: Sequence[Point], p99_ms: float) -> Point | None:
+    """The open loop with the lowest rate that did not keep `p99_ms`."""
+    missed = [point for point in points if point.loop == "open" and not point.keeps(p99_ms)]
+    return min(missed, key=lambda point: point.asked, default=None)
 
 
 def best_rate(points: Sequence[Point], p99_ms: float) -> Point | None:
     """The open loop with the highest rate that kept `p99_ms`, below the lowest that did not."""
-    tried = sorted((point for point in points if point.loop == "open"), key=lambda point: point.asked)
-    best = None
-    for point in tried:
-        if not point.keeps(p99_ms):
-            break
-        best = point
-    return best
+    miss = lowest_miss(points, p99_ms)
+    kept = [p for p in points if p.loop == "open" and (miss is None or p.asked < miss.asked)]
+    return max(kept, key=lambda point: point.asked, default=None)
 
 
-def _count(tally: _Tally, error: str | None, latency_s: float) -> None:
-    if error is None:
-        tally.latencies_s.append(latency_s)
-    else:
-        tally.errors[error] += 1
+def limit_is_the_generators(points: Sequence[Point], p99_ms: float) -> bool:
+    """Whether what ended the search for the highest rate may be the generator, and not the server."""
+    end = lowest_miss(points, p99_ms) or best_rate(points, p99_ms)
+    return end is not None and end.generator_bound
 
 
-def _point(
-    loop: Literal["closed", "open"], asked: float, tally: _Tally, seconds: float, cpu_s: float
-) -> Point:
+def _point(loop: Literal["closed", "open"], asked: float, tally: _Tally) -> Point:
     milliseconds = sorted(1000 * latency for latency in tally.latencies_s)
     return Point(
         loop=loop,
         asked=asked,
-        seconds=seconds,
+        seconds=tally.seconds,
         answered=len(milliseconds),
         errors=dict(tally.errors),
-        rate=len(milliseconds) / seconds,
+        rate=tally.rate(),
         p50_ms=quantile(milliseconds, 0.5),
         p90_ms=quantile(milliseconds, 0.9),
         p99_ms=quantile(milliseconds, 0.99),
         max_ms=quantile(milliseconds, 1.0),
         lag_p99_ms=quantile(sorted(1000 * lag for lag in tally.lags_s), 0.99),
-        generator_cpu=cpu_s / seconds,
+        generator_cpu=tally.cpu_s / tally.seconds,
         overloaded=tally.overloaded,
     )
 

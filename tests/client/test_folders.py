@@ -26,7 +26,9 @@ def test_links_are_followed_but_not_in_circles_and_hidden_files_passed_over(fold
 
 
 def test_the_load_test_takes_the_same_files(folder: Path) -> None:
-    assert read_images([folder], 100) == [b"data/a/3.jpg", b"far/2.jpg", b"far/deep/1.jpg"]
+    bodies, left_out = read_images([folder], 100, 100)
+    assert list(bodies.values()) == [b"data/a/3.jpg", b"far/2.jpg", b"far/deep/1.jpg"]
+    assert left_out == 0
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:

@@ -1,28 +1,22 @@
-"""The load test: on a clock that only waiting moves, and once for real."""
+"""The load test's loops and its search, on a clock that only waiting moves."""
 
 import asyncio
 import itertools
-import json
 import random
 import selectors
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from tests.client.fake_server import Answer, FakeServer, jpeg, refusal
 
-from topfive import loadtest
-from topfive.cli import main
-from topfive.cli.load_test import draw
 from topfive.loadtest import (
     LoadTestConfig,
     Point,
     arrival_times,
     best_rate,
     closed_loop,
+    limit_is_the_generators,
     open_loop,
     quantile,
     search,
@@ -89,6 +83,7 @@ def test_an_open_loop_below_capacity_sees_the_service_time() -> None:
     assert point.rate == pytest.approx(50, rel=0.01)
     assert point.p99_ms == pytest.approx(10, rel=0.01)
     assert point.lag_p99_ms == pytest.approx(0, abs=0.01)
+    assert not point.generator_late
 
 
 def test_a_stall_is_charged_to_all_who_would_have_come_during_it() -> None:
@@ -121,6 +116,23 @@ def test_a_generator_that_is_late_charges_itself_and_says_so() -> None:
     assert point.max_ms == pytest.approx(2000, rel=0.01)
     assert point.p90_ms > 900, "those that it sent late are charged as well"
     assert point.lag_p99_ms > 1700
+    assert point.generator_bound
+
+
+def test_a_generator_that_cannot_send_so_fast_ends_the_load_all_the_same() -> None:
+    async def run() -> Point:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+
+        async def ask(_: int) -> str | None:
+            loop.now += 1.0  # of the generator's own time
+            return None
+
+        return await open_loop(ask, 10, EVEN)
+
+    point = virtually(run())
+    assert point.seconds <= 22
+    assert point.generator_late
 
 
 def test_overload_is_broken_off() -> None:
@@ -131,6 +143,20 @@ def test_overload_is_broken_off() -> None:
     assert point.overloaded
     assert point.answered == 50
     assert not point.keeps(1e9)
+
+
+@pytest.mark.parametrize(
+    ("service_s", "asked", "reached"),
+    [(0.010, 200, 100), (0.010, 50, 50), (4.0, 0.2, 0.2)],
+    ids=["queue", "no queue", "slow, no queue"],
+)
+def test_the_rate_is_what_the_server_did_while_the_load_lasted(
+    service_s: float, asked: float, reached: float
+) -> None:
+    async def run() -> Point:
+        return await open_loop(server_of(1, service_s), asked, EVEN)
+
+    assert virtually(run()).rate == pytest.approx(reached, rel=0.02)
 
 
 def test_errors_are_counted_by_reason_and_are_no_latencies() -> None:
@@ -198,6 +224,25 @@ def test_a_limit_that_nothing_keeps_is_found_to_be_so() -> None:
     assert len(tried) <= 9
 
 
+def test_the_search_ends_where_next_to_nothing_would_be_sent() -> None:
+    tried: list[float] = []
+
+    async def try_rate(rate: float) -> Point:
+        tried.append(rate)
+        return point_at(rate, 500.0)
+
+    virtually(search(try_rate, capacity=100.0, p99_ms=100.0, least_rate=20.0))
+    assert tried == [80.0, 40.0, 20.0]
+
+
+def test_a_limit_is_the_generators_where_that_was_late() -> None:
+    sound, late, missed = point_at(100, 50), point_at(150, 900, lag_p99_ms=800.0), point_at(150, 900)
+    assert limit_is_the_generators([sound, late], 100.0)
+    assert limit_is_the_generators([replace(sound, lag_p99_ms=30.0)], 100.0)
+    assert not limit_is_the_generators([sound, missed], 100.0)
+    assert not limit_is_the_generators([sound, missed, replace(late, asked=200.0)], 100.0)
+
+
 def test_a_lucky_point_above_a_failed_one_does_not_count() -> None:
     points = [point_at(120, 50), point_at(100, 500), point_at(80, 40), point_at(50, 30)]
     best = best_rate(points, 100.0)
@@ -219,148 +264,3 @@ def test_a_lucky_point_above_a_failed_one_does_not_count() -> None:
 def test_nonsense_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         LoadTestConfig(**fields)
-
-
-QUICK = ["--connections", "1", "4", "--duration-s", "0.3", "--warmup-s", "0"]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "images" / "deep").mkdir(parents=True)
-    (tmp_path / "images" / "a.jpg").write_bytes(jpeg())
-    (tmp_path / "images" / "deep" / "b.PNG").write_bytes(jpeg(20, 20))
-    (tmp_path / "images" / "notes.txt").write_text("no image")
-    return tmp_path / "images"
-
-
-def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(
-    server: FakeServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    outputs = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
-    assert main(["load-test", server.url, str(folder), *QUICK, "--rates", "20", "40", *outputs]) == 0
-    captured = capsys.readouterr()
-    assert "closed 4" in captured.out
-    assert "open 40.0/s" in captured.out
-    assert "closed loop, 1 connection," in captured.err
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert [(p["loop"], p["asked"]) for p in report["points"]] == [
-        ("closed", 1),
-        ("closed", 4),
-        ("open", 20),
-        ("open", 40),
-    ]
-    assert all(p["answered"] > 0 and not p["errors"] for p in report["points"])
-    assert report["images"]["count"] == 2
-    assert report["models"][0]["name"] == "alexnet"
-    assert report["generator"]["cores"]
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    answered = sum(p["answered"] for p in report["points"])
-    asked = [r for r in server.requests if r.path == "/v1/classify"]
-    assert len(asked) == answered
-    assert {r.body for r in asked} == {jpeg(), jpeg(20, 20)}
-
-
-def test_what_was_measured_before_ctrl_c_is_not_lost(
-    server: FakeServer,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loadtest, "open_loop", interrupted)
-    outputs = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
-    assert main(["load-test", server.url, str(folder), *QUICK, "--rates", "20", *outputs]) == 130
-    captured = capsys.readouterr()
-    assert "interrupted; what was measured until then" in captured.err
-    assert "closed 4" in captured.out
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert [point["asked"] for point in report["points"]] == [1, 4]
-    assert report["models"][0]["name"] == "alexnet"
-    assert (tmp_path / "out.png").stat().st_size > 1000
-
-
-def test_the_command_searches(server: FakeServer, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["load-test", server.url, str(folder), *QUICK, "--p99-ms", "0.001"]) == 1
-    assert "highest rate with p99 within 0.001 ms: none" in capsys.readouterr().out
-
-
-def test_refusals_are_shown_and_not_retried(
-    server: FakeServer, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    models: Answer = (200, {}, b'{"models": []}')
-    server.script = [models, *[refusal(429, "queue-full", "full", Retry_After="0")] * 3]
-    assert main(["load-test", server.url, str(folder), *QUICK, "--rates", "10"]) == 1
-    assert "3 x 429" in capsys.readouterr().out
-
-
-def test_a_folder_without_images_an_absent_server_and_a_missing_library(
-    server: FakeServer,
-    nobody: str,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "empty").mkdir()
-    assert main(["load-test", server.url, str(tmp_path / "empty")]) == 1
-    assert "empty" in capsys.readouterr().err
-    assert main(["load-test", nobody, str(folder)]) == 3
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["load-test", server.url, str(folder), "--plot", "x.png"]) == 1
-    assert "pip install 'topfive[plot]'" in capsys.readouterr().err
-    assert server.requests == [], "it fails before the load"
-
-
-@pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_an_output_that_cannot_be_written_is_found_out_before_the_load(
-    option: str, server: FakeServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "absent" / "x"
-    assert main(["load-test", server.url, str(folder), option, str(output)]) == 1
-    assert str(output) in capsys.readouterr().err
-    assert server.requests == []
-
-
-def test_an_earlier_output_stays_when_the_load_fails(
-    server: FakeServer, nobody: str, folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "old.json").write_text("{}")
-    for name in ("old.json", "new.json"):
-        assert main(["load-test", nobody, str(folder), "--json", str(tmp_path / name)]) == 3
-    assert [path.name for path in tmp_path.glob("*.json")] == ["old.json"]
-    assert (tmp_path / "old.json").read_text() == "{}"
-
-
-def test_images_that_the_server_refuses_are_not_called_unanswered(
-    server: FakeServer, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    models: Answer = (200, {}, b'{"models": []}')
-    server.script = [models, *[refusal(415, "unsupported-format", "no image")] * 10_000]
-    arguments = ["load-test", server.url, str(folder), "--connections", "1", "--duration-s", "0.2"]
-    assert main([*arguments, "--warmup-s", "0"]) == 1
-    error = capsys.readouterr().err
-    assert "no image was classified" in error
-    assert " x 415)" in error
-
-
-def test_the_pictures_latencies_are_marked_so_that_they_can_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved: list[Any] = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: saved.append(figure))
-    draw([point_at(10, 5.0), point_at(20, 900.0)], None, tmp_path / "x.png")
-    [figure] = saved
-    figure.draw_without_rendering()
-    [axes] = figure.axes
-    shown = [text for text in axes.get_yticklabels(which="both") if text.get_text()]
-    boxes = sorted((text.get_window_extent() for text in shown), key=lambda box: box.y0)
-    assert len(boxes) >= 4
-    assert all(lower.y1 <= upper.y0 for lower, upper in itertools.pairwise(boxes))
-
-
-def test_a_picture_of_nothing_but_errors_can_be_drawn(tmp_path: Path) -> None:
-    draw([point_at(10, 0.0, answered=0, errors={"503": 9})], 50.0, tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 1000

@@ -1,23 +1,33 @@
-"""`topfive load-test`: the command, its table, JSON and picture around `topfive.loadtest`."""
+"""`topfive load-test`: the command, its table and JSON around `topfive.loadtest`."""
 
 import asyncio
-import importlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.table import Table
 
 from topfive._folders import files_below
 from topfive._settings import API_KEY_VARIABLE
 from topfive._version import __version__
-from topfive.loadtest import LoadTestConfig, LoadTestError, Measured, Point, best_rate, run
+from topfive.cli._load_picture import draw, see_drawable
+from topfive.cli._load_plan import Measured, run
+from topfive.errors import TopfiveError
+from topfive.loadtest import (
+    ANSWERS_FOR_P99,
+    LoadTestConfig,
+    LoadTestError,
+    Point,
+    best_rate,
+    limit_is_the_generators,
+    lowest_miss,
+)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 """What counts as an image in a folder."""
@@ -30,49 +40,57 @@ def load_test(
     *,
     config: LoadTestConfig | None = None,
     json_path: Annotated[Path | None, Parameter(name="--json")] = None,
-    plot: Path | None = None,
+    plot: Annotated[Path | None, Parameter(validator=validators.Path(ext=("png", "svg", "pdf")))] = None,
     api_key: Annotated[str | None, Parameter(env_var=API_KEY_VARIABLE)] = None,
 ) -> int:
     """Load a server in bounded steps; print its throughput and latencies, and the highest rate that keeps a p99.
 
     First closed loops (`--connections`), then open loops (`--rates`, or a search with `--p99-ms`). Latencies count from
-    the time a request was due, so that stalls are not hidden. Run it from another machine, or mind the generator's own
-    share of the cores in the table. Ctrl-C ends it with what was measured until then. Exit status: 0 done, 1 no rate kept the
-    p99 or some requests failed, 3 no server.
+    the time a request was due, so that stalls are not hidden. Images that the server refuses are named and left out. Run
+    it from another machine, or mind the generator's own share of the cores: the table marks where it was late or busy.
+    Ctrl-C, or a server that has gone, ends it with what was measured until then.
+
+    Exit status: 0 done, 1 no rate kept the p99, or requests failed (or were too many) in a load that was asked for,
+    3 no server, or it has gone. The rates of the search and those tried by default may fail: they look for the limit.
 
     Args:
         url: address of the server.
         images: files to send in turn, or folders of them.
         config: what to try.
         json_path: write all numbers here.
-        plot: write a picture of latency against rate here (PNG; needs matplotlib: pip install 'topfive[plot]').
+        plot: write a picture of latency against rate here (.png, .svg or .pdf; needs matplotlib: pip install 'topfive[plot]').
         api_key: key that the server asks for; better given as `TOPFIVE_API_KEY`.
     """
     config = config or LoadTestConfig()
     # Fail before the load, not after it.
     if plot is not None:
-        _pyplot()
+        see_drawable()
     for output in filter(None, (json_path, plot)):
         _see_writable(output)
-    bodies = read_images(images, config.max_image_bytes)
-    console = Console(stderr=True, highlight=False)
+    # No markup and no wrapping: names of files are printed.
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    bodies, left_out = read_images(images, config.max_image_bytes, config.max_images)
+    if left_out:
+        console.print(
+            f"{left_out} of {left_out + len(bodies)} images left out, for --max-images or --max-image-bytes"
+        )
     measured = Measured()
     try:
         asyncio.run(run(url, bodies, config, measured=measured, api_key=api_key, say=console.print))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TopfiveError):
         if measured.points:
             console.print("interrupted; what was measured until then:")
             _report(measured, url, bodies, config, json_path=json_path, plot=plot)
         raise
     best = _report(measured, url, bodies, config, json_path=json_path, plot=plot)
     missed = config.p99_ms is not None and best is None
-    return 1 if missed or any(point.errors for point in measured.points if point.loop == "closed") else 0
+    return 1 if missed or any(point.failed and not point.probe for point in measured.points) else 0
 
 
 def _report(
     measured: Measured,
     url: str,
-    bodies: Sequence[bytes],
+    bodies: Mapping[str, bytes],
     config: LoadTestConfig,
     *,
     json_path: Path | None,
@@ -80,20 +98,29 @@ def _report(
 ) -> Point | None:
     """Print it, and write what was asked for; the highest rate that kept the p99, if one was given."""
     best = None if config.p99_ms is None else best_rate(measured.points, config.p99_ms)
-    _print_report(measured.points, config, best)
+    print_report(measured.points, config)
     if json_path is not None:
+        sizes = [len(body) for name, body in bodies.items() if name not in measured.refused]
         report = {
             "url": url,
             "models": [asdict(model) for model in measured.models],
-            "images": {"count": len(bodies), "mean_bytes": sum(map(len, bodies)) / len(bodies)},
+            "images": {
+                "count": len(sizes),
+                "mean_bytes": sum(sizes) / len(sizes),
+                "refused": measured.refused,
+            },
             "generator": generator(),
             "config": asdict(config),
-            "points": [asdict(point) for point in measured.points],
+            "points": [
+                {**asdict(point), "generator_bound": point.generator_bound} for point in measured.points
+            ],
             "highest_rate": best.asked if best else None,
+            "highest_rate_is_the_generators": config.p99_ms is not None
+            and limit_is_the_generators(measured.points, config.p99_ms),
         }
         json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
-        draw(measured.points, config.p99_ms, plot)
+        draw(measured.points, config.p99_ms, plot, title=f"topfive load-test {url}")
     return best
 
 
@@ -109,26 +136,27 @@ def _see_writable(path: Path) -> None:
         path.unlink()
 
 
-def read_images(paths: Sequence[Path], max_bytes: int) -> list[bytes]:
-    """The files, and the images in the folders, as far as they fit.
+def read_images(paths: Sequence[Path], max_bytes: int, max_images: int) -> tuple[dict[str, bytes], int]:
+    """The files, and the images in the folders, by name, as far as they fit; and how many were left out.
 
     Raises:
         LoadTestError: there is no image.
     """
-    bodies: list[bytes] = []
+    files = list(dict.fromkeys(_files(paths)))
+    # From first to last, for folders are sorted by class: the first so many would be pictures of one thing.
+    count = min(len(files), max_images)
+    bodies: dict[str, bytes] = {}
     total = 0
-    for path in _files(paths):
-        body = path.read_bytes()
-        total += len(body)
-        if total > max_bytes:
-            break
-        bodies.append(body)
+    for path in (files[number * len(files) // count] for number in range(count)):
+        if total + path.stat().st_size <= max_bytes:
+            bodies[str(path)] = path.read_bytes()
+            total += len(bodies[str(path)])
     if not bodies:
         names = ", ".join(map(str, paths))
         raise LoadTestError(
             f"no image of at most {max_bytes:,} bytes in {names}; give files or folders with some"
         )
-    return bodies
+    return bodies, len(files) - len(bodies)
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
@@ -139,38 +167,75 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def _print_report(points: Sequence[Point], config: LoadTestConfig, best: Point | None) -> None:
+def print_report(points: Sequence[Point], config: LoadTestConfig) -> None:
+    """The table, and what is to be said about it; within 80 columns."""
     console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "load",
-        "rate/s",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "max ms",
-        "errors",
-        "lag ms",
-        "cores",
-    ):
-        table.add_column(column, justify="left" if column == "load" else "right", no_wrap=column == "load")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("load", "answers", "rate/s", "p50", "p90", "p99", "max", "lag", "cores"):
+        table.add_column(column, justify="left" if column == "load" else "right", no_wrap=True)
+    table.add_column("remarks")
     for point in points:
-        load = f"closed {point.asked:.0f}" if point.loop == "closed" else f"open {point.asked:.1f}/s"
-        errors = ", ".join(f"{count} x {reason}" for reason, count in point.errors.items())
+        p99 = _short(point.p99_ms)
         table.add_row(
-            load,
-            f"{point.rate:.1f}",
-            *(f"{value:.1f}" for value in (point.p50_ms, point.p90_ms, point.p99_ms, point.max_ms)),
-            " ".join(filter(None, [errors, "overloaded" if point.overloaded else ""])) or "-",
-            f"{point.lag_p99_ms:.1f}" if point.loop == "open" else "-",
+            f"closed {point.asked:.0f}" if point.loop == "closed" else f"open {_short(point.asked)}/s",
+            str(point.answered),
+            _short(point.rate),
+            _short(point.p50_ms),
+            _short(point.p90_ms),
+            p99 if point.answered >= ANSWERS_FOR_P99 else f"({p99})",
+            _short(point.max_ms),
+            _short(point.lag_p99_ms) if point.loop == "open" else "-",
             f"{point.generator_cpu:.2f}",
+            _remarks(point),
         )
+    console.print("latencies and lag in ms")
     console.print(table)
+    for line in _conclusions(points, config):
+        console.print(line)
+
+
+def _short(value: float) -> str:
+    """With a decimal where it tells something: the table has room for five figures."""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def _remarks(point: Point) -> str:
+    remarks = [f"{count} x {reason}" for reason, count in point.errors.items()]
+    if point.overloaded:
+        remarks.append("overloaded")
+    if point.generator_bound:
+        remarks.append("generator late" if point.generator_late else "generator busy")
+    return "\n".join(remarks)
+
+
+def _conclusions(points: Sequence[Point], config: LoadTestConfig) -> Iterator[str]:
+    """What the table means, a sentence each."""
+    if any(0 < point.answered < ANSWERS_FOR_P99 for point in points):
+        yield f"(in brackets): the slowest of fewer than {ANSWERS_FOR_P99} answers; --duration-s makes more"
     if config.p99_ms is not None:
-        found = f"{best.asked:.1f} requests/s (p99 {best.p99_ms:.1f} ms)" if best else "none of those tried"
-        console.print(f"highest rate with p99 within {config.p99_ms:g} ms: {found}")
-    if any(point.generator_cpu > 0.8 for point in points):
-        console.print("the generator itself was busy: these numbers are its limit as much as the server's")
+        yield _found(points, config.p99_ms)
+    if any(point.generator_bound for point in points):
+        yield "generator late or busy: the numbers are its limit as much as the server's"
+    if any(point.failed and not point.probe for point in points):
+        yield "requests failed in loads that were asked for"
+    elif any(point.failed for point in points):
+        yield "requests failed only at rates that were tried to find the limit"
+
+
+def _found(points: Sequence[Point], p99_ms: float) -> str:
+    """The outcome of the search; it claims no more than was seen."""
+    best, miss = best_rate(points, p99_ms), lowest_miss(points, p99_ms)
+    generators = limit_is_the_generators(points, p99_ms)
+    if best:
+        few = "" if best.answered >= ANSWERS_FOR_P99 else f", of only {best.answered} answers"
+        least = "at least " if generators else ""
+        found = f"{least}{best.asked:.1f} requests/s (p99 {best.p99_ms:.1f} ms{few})"
+    else:
+        found = "none of those tried" + (f", down to {miss.asked:.1f} requests/s" if miss else "")
+    end = miss or best
+    if end and generators:
+        found += f"; at {end.asked:.1f}/s the generator was at its own limit, the server's may be higher"
+    return f"highest rate with p99 within {p99_ms:g} ms: {found}"
 
 
 def generator() -> dict[str, Any]:
@@ -181,46 +246,3 @@ def generator() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
     }
-
-
-def _pyplot() -> Any:
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-        matplotlib.use("Agg")
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise LoadTestError(
-            "--plot needs matplotlib, which is not installed: pip install 'topfive[plot]'"
-        ) from error
-
-
-def draw(points: Sequence[Point], p99_ms: float | None, path: Path) -> None:
-    """A picture of latency against rate: open loops as curves, closed loops as single marks."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    tried = sorted((p for p in points if p.loop == "open" and p.answered), key=lambda point: point.asked)
-    for name, color in (("p50", "tab:blue"), ("p90", "tab:orange"), ("p99", "tab:red")):
-        values = [getattr(point, f"{name}_ms") for point in tried]
-        axes.plot([point.asked for point in tried], values, "o-", color=color, label=f"{name}, open loop")
-    for point in points:
-        if point.loop == "closed" and point.answered:
-            axes.plot(point.rate, point.p99_ms, "s", color="tab:gray")
-            style = {"fontsize": 8, "color": "dimgray", "ha": "center", "textcoords": "offset points"}
-            text = f"{point.asked:.0f} connection{'' if point.asked == 1 else 's'}"
-            axes.annotate(text, (point.rate, point.p99_ms), xytext=(0, 7), **style)
-    axes.plot([], [], "s", color="tab:gray", label="p99, closed loop")
-    if p99_ms is not None:
-        axes.axhline(p99_ms, color="tab:red", linestyle=":", label=f"{p99_ms:g} ms asked for")
-    axes.set(
-        yscale="log", xlabel="requests per second", ylabel="latency in ms, from the time the request was due"
-    )
-    # Not a number at each of a decade's nine lines: they would overlap.
-    axes.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.margins(x=0.1, y=0.15)
-    axes.set_xlim(left=0)
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
