@@ -6,6 +6,8 @@ import io
 import multiprocessing
 import pickle
 import threading
+import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -568,6 +570,57 @@ def test_one_async_client_serves_several_event_loops(server: FakeServer) -> None
         thread.join()
     assert len(labels) == 5
     assert len(set(labels)) == 1
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_an_event_loop_that_ends_takes_its_connections_along(server: FakeServer) -> None:
+    client = AsyncClient(server.url)
+    assert asyncio.run(client.ready())
+    before = open_descriptors()
+    for _ in range(20):
+        assert asyncio.run(client.ready())
+    gc.collect()  # an unclosed socket would warn here, and warnings are errors
+    until = time.monotonic() + 30
+    while open_descriptors() > before + 5 and time.monotonic() < until:
+        time.sleep(0.01)  # the server's threads close their ends
+    assert open_descriptors() <= before + 5
+    assert len(client._http) <= 1
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_event_loop_that_is_closed_bare_is_not_kept(server: FakeServer) -> None:
+    client = AsyncClient(server.url)
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(client.ready())
+    loop.close()
+    gone = weakref.ref(loop)
+    del loop
+    assert asyncio.run(client.ready())
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.filterwarnings("ignore:asynchronous generator.*shutdown_asyncgens:ResourceWarning")
+def test_an_event_loop_that_shuts_down_may_still_ask(server: FakeServer) -> None:
+    client = AsyncClient(server.url)
+
+    async def run() -> None:
+        assert await client.ready()
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        assert await client.ready()
+
+    asyncio.run(run())
+
+
+def test_an_async_client_that_is_dropped_closes_its_connections(server: FakeServer) -> None:
+    async def run() -> None:
+        assert await AsyncClient(server.url).ready()
+        gc.collect()  # an unclosed socket would warn here, and warnings are errors
+
+    asyncio.run(run())
 
 
 def answer_of_a_forked_child(client: Client | AsyncClient, ask: Callable[[], str]) -> str:
