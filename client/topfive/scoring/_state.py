@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
@@ -27,6 +26,8 @@ from topfive.scoring._errors import RefusedError, StoppedError
 from topfive.scoring._rows import OK, Row, display_path, to_line
 
 _SCHEMA_VERSION: Final = 1
+_LOCK_ATTEMPTS: Final = 100
+"""A job's folder may be removed while it is being locked, by the process that had it; hardly so many times in a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,11 @@ class JobState:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output.with_name(output.name + ".parts")
-        self._lock: BinaryIO | None = None
 
     @classmethod
     @contextlib.contextmanager
     def claim(cls, output: Path, *, overwrite: bool) -> Generator[Self]:
-        """Lock the job's folder, making it if need be.
+        """Lock the job's folder, making it if need be; it goes in the end if no job has begun.
 
         Raises:
             RefusedError: another process has it, or the output exists and is not to be overwritten.
@@ -81,26 +81,48 @@ class JobState:
         state = cls(output)
         if output.is_dir():
             raise RefusedError(f"--output {output} is a folder; name a file in it")
-        if output.exists() and not overwrite and not state.begun:
-            raise RefusedError(f"{output} exists already; --overwrite scores again and replaces it")
-        try:
-            state.folder.mkdir(parents=True, exist_ok=True)
-            state._lock = (state.folder / "lock").open("wb")
-        except OSError as error:
-            raise RefusedError(f"cannot write to {state.folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(state._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            state._lock.close()
-            raise RefusedError(f"another process is scoring into {output} at this moment") from None
-        try:
-            if overwrite or not state.begun:
-                state.clear()
-            yield state
-        finally:
-            state._lock.close()
-            if not state.begun:
-                shutil.rmtree(state.folder, ignore_errors=True)
+        with state._locked():
+            try:
+                if output.exists() and not overwrite and not state.begun:
+                    raise RefusedError(f"{output} exists already; --overwrite scores again and replaces it")
+                if overwrite or not state.begun:
+                    state.clear()
+                yield state
+            finally:
+                if not state.begun:
+                    state._remove()
+
+    def _locked(self) -> BinaryIO:
+        """The folder's lock, held until it is closed.
+
+        Raises:
+            RefusedError: another process holds it, or the folder cannot be written.
+        """
+        path = self.folder / "lock"
+        for left in reversed(range(_LOCK_ATTEMPTS)):
+            try:
+                with contextlib.ExitStack() as unless_locked:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    lock = unless_locked.enter_context(path.open("wb"))
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Else it is that of a folder which was removed after we opened it.
+                    if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                        unless_locked.pop_all()
+                        return lock
+            except BlockingIOError:
+                break
+            except OSError as error:
+                removed_meanwhile = isinstance(error, FileExistsError | FileNotFoundError)
+                if not (removed_meanwhile and left):
+                    raise RefusedError(f"cannot write to {self.folder}: {error.strerror}") from error
+        raise RefusedError(f"another process is scoring into {self.output} at this moment")
+
+    def _remove(self) -> None:
+        """Remove the folder, the lock last: whoever takes the next one finds nothing of ours, nor we anything of theirs."""
+        with contextlib.suppress(OSError):
+            self.clear()
+            (self.folder / "lock").unlink()
+            self.folder.rmdir()
 
     @property
     def begun(self) -> bool:
