@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from topfive._folders import IMAGE_SUFFIXES
 from topfive._version import __version__
 from topfive.preprocessing import DEFAULT_MAX_PIXELS
 from topfive.scoring._errors import InterruptedJobError, RefusedError, StoppedError
@@ -18,7 +19,7 @@ from topfive.scoring._formats import check_format, write_table
 from topfive.scoring._progress import Reporter, Silent
 from topfive.scoring._rows import ENGINE_FAILED, OK, Outcome, Row, make_row
 from topfive.scoring._scorer import Scorer
-from topfive.scoring._sources import EXTENSIONS, Source, open_source
+from topfive.scoring._sources import Source, open_source
 from topfive.scoring._state import JobRecord, JobState
 
 _MAX_UNSAVED_ROWS: Final = 20_000
@@ -166,7 +167,9 @@ def _resume_or_begin(
     files, digest = state.write_listing(source.list(all_files=config.all_files))
     if not files:
         what = (
-            "files" if config.all_files else f"images ({', '.join(EXTENSIONS)}; --all-files takes any name)"
+            "files"
+            if config.all_files
+            else f"images ({', '.join(IMAGE_SUFFIXES)}; --all-files takes any name)"
         )
         raise RefusedError(f"there are no {what} in {source.location}")
     record = replace(wanted, files=files, listing_sha256=digest)
