@@ -5,6 +5,7 @@
     listing.jsonl                            every file of the job, one JSON string a line, in order
     000000000-000004096.jsonl                finished rows [0, 4096): the rows of the listing's first lines
     000004096-000008000.jsonl                …
+    answers.sqlite                           with --dedupe: made anew of the rows by each run
 
 Every file is written under another name, flushed to the disk and renamed: whenever the process or the machine dies,
 what has its final name is whole. Rows are saved in order, so the parts are always an unbroken beginning of the
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
 from topfive.scoring._errors import RefusedError, StoppedError
-from topfive.scoring._rows import OK, Row, display_path, to_line
+from topfive.scoring._rows import Row, display_path, to_line
 
 _SCHEMA_VERSION: Final = 1
 _LOCK_ATTEMPTS: Final = 100
@@ -46,6 +47,8 @@ class JobRecord:
     """Version of the model."""
     fingerprint: str
     """Fingerprint of the model's files and its preprocessing, as the server lists it or as it is computed here."""
+    dedupe: bool = False
+    """Whether files of the same bytes are computed once; jobs from before there was a choice computed each."""
     files: int = 0
     """Number of files in the listing."""
     listing_sha256: str = ""
@@ -55,7 +58,16 @@ class JobRecord:
 
     def differences(self, other: "JobRecord") -> list[str]:
         """Sentences naming what differs, but for the listing (`self` is the earlier one)."""
-        names = ("schema_version", "folder", "all_files", "top_k", "model", "version", "fingerprint")
+        names = (
+            "schema_version",
+            "folder",
+            "all_files",
+            "top_k",
+            "model",
+            "version",
+            "fingerprint",
+            "dedupe",
+        )
         return [
             f"{name} was {getattr(self, name)}, now {getattr(other, name)}"
             for name in names
@@ -123,6 +135,11 @@ class JobState:
             self.clear()
             (self.folder / "lock").unlink()
             self.folder.rmdir()
+
+    @property
+    def answers(self) -> Path:
+        """Where a run keeps its table of answers by content."""
+        return self.folder / "answers.sqlite"
 
     @property
     def begun(self) -> bool:
@@ -213,14 +230,6 @@ class JobState:
         if path is None or row.get("path") != display_path(path):
             raise self._damaged(f"{part.name} has a row of another file, {row.get('path')}")
         return row
-
-    def count(self) -> tuple[int, int]:
-        """How many rows are saved, and how many of them are of failed files."""
-        total = failures = 0
-        for row in self.rows():
-            total += 1
-            failures += row["status"] != OK
-        return total, failures
 
     # --- writing
 
