@@ -33,11 +33,13 @@ from topfive.scoring import (
     ServerConfig,
     StoppedError,
     Summary,
+    _job,
     patient_client,
     run_job,
 )
 from topfive.scoring._answers import Answers
-from topfive.scoring._rows import failed
+from topfive.scoring._rows import Row, failed
+from topfive.scoring._state import JobState
 
 DISTINCT, FILES = 90, 150
 DEDUPE = JobConfig(dedupe=True)
@@ -158,6 +160,29 @@ def test_known_answers_do_not_hide_that_the_engine_is_broken(tmp_path: Path) -> 
     assert saved_rows(tmp_path / "r.jsonl") == 12, "the original, ten others, and a copy"
     score_with(FakeClassifier(), folder, tmp_path / "r.jsonl", DEDUPE)
     assert {row["status"] for row in rows_of(tmp_path / "r.jsonl")} == {"ok"}
+
+
+def test_rows_of_known_answers_do_not_gather_behind_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image that the engine fails on, and after it nothing to compute."""
+    monkeypatch.setattr(_job, "_MAX_UNSAVED_ROWS", 20)
+    saved: list[int] = []
+    save_part = JobState.save_part
+
+    def spy(state: JobState, first: int, rows: list[Row]) -> None:
+        saved.append(len(rows))
+        save_part(state, first, rows)
+
+    monkeypatch.setattr(JobState, "save_part", spy)
+    folder = draw_folder(tmp_path / "photos", 2)
+    for number in range(100):
+        shutil.copy(folder / "batch0/0000.png", folder / f"copy{number:03}.png")
+    classifier = Broken()
+    classifier.poison = frozenset({color_of(1)})
+    score_with(classifier, folder, tmp_path / "r.jsonl", DEDUPE)
+    assert sum(saved) == 102
+    assert max(saved) <= 20 + 2 * classifier.max_batch
 
 
 def test_through_a_server_each_content_is_sent_once(photos: Path, tmp_path: Path, fake: FakeServer) -> None:

@@ -294,6 +294,10 @@ class _Run:
         """Save `rows`, the first of those that are unsaved; all but a run of engine failures at their end by default."""
         if rows is None:
             rows = self._unsaved[: _before_engine_failures(self._unsaved)]
+            if not rows and len(self._unsaved) >= _MAX_UNSAVED_ROWS:
+                rows = (
+                    self._unsaved
+                )  # nothing to compute since the engine failed: they must not gather in memory
         if rows:
             self._state.save_part(self._saved, rows)
             self._saved += len(rows)
