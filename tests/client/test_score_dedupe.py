@@ -96,9 +96,13 @@ def test_killed_again_and_again_it_ends_byte_identical_and_computes_nothing_twic
         process = subprocess.Popen([*command, "dedupe"], cwd=REPOSITORY)
         # It hangs in the first batch beyond so many images; what was before it is saved.
         before, until = saved_rows(output), time.monotonic() + 60
-        while saved_rows(output) < before + images and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.002)
-        process.kill()
+        try:
+            while (
+                saved_rows(output) < before + images and process.poll() is None and time.monotonic() < until
+            ):
+                time.sleep(0.002)
+        finally:
+            process.kill()
         assert process.wait() == -9
     done = saved_rows(output)
     assert 48 <= done < FILES
