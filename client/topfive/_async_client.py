@@ -3,12 +3,11 @@
 import asyncio
 import ssl
 import threading
-import weakref
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import httpx2
 
@@ -21,6 +20,21 @@ from topfive._retry import RetryBudget, RetryPolicy
 from topfive._settings import LIMITS, Priority, Settings
 
 
+class _Connections(NamedTuple):
+    """Those of one event loop."""
+
+    http: httpx2.AsyncClient
+    until_the_end: AsyncGenerator[None]
+
+
+async def _until_the_end(http: httpx2.AsyncClient) -> AsyncGenerator[None]:
+    """Suspended while `http` is in use. An event loop that shuts down closes its generators: that closes `http` too."""
+    try:
+        yield
+    finally:
+        await http.aclose()
+
+
 class AsyncClient:
     """Asks a topfive server what is in images, from asyncio.
 
@@ -28,8 +42,8 @@ class AsyncClient:
             print((await client.classify("cat.jpg")).best.label)
 
     The same as `Client`, whose docstrings hold for every argument and error. It may be used from several event loops,
-    one after the other or in several threads: each has connections of its own, which `aclose` closes when awaited in
-    that loop.
+    one after the other or in several threads: each has connections of its own. `aclose` closes them when awaited in
+    that loop; `asyncio.run` does so too as it ends the loop (`loop.shutdown_asyncgens`).
     """
 
     def __init__(
@@ -52,9 +66,7 @@ class AsyncClient:
     def reset(self) -> None:
         """Start afresh, as a forked child must: connections and held locks are its parent's."""
         self._lock = threading.Lock()
-        self._http: weakref.WeakKeyDictionary[AbstractEventLoop, httpx2.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._http: dict[AbstractEventLoop, _Connections] = {}
         self._conversation = Conversation(
             url=self._settings.url, policy=self._settings.retry, budget=RetryBudget(self._settings.retry)
         )
@@ -140,9 +152,9 @@ class AsyncClient:
     async def aclose(self) -> None:
         """Close the connections of the running event loop; a later call opens new ones."""
         with self._lock:
-            http = self._http.pop(asyncio.get_running_loop(), None)
-        if http is not None:
-            await http.aclose()
+            connections = self._http.pop(asyncio.get_running_loop(), None)
+        if connections is not None:
+            await connections.until_the_end.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -152,23 +164,29 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
-    def _connections(self) -> httpx2.AsyncClient:
+    async def _connections(self) -> httpx2.AsyncClient:
         loop = asyncio.get_running_loop()
         with self._lock:
-            http = self._http.get(loop)
-            if http is None:
-                http = self._http[loop] = httpx2.AsyncClient(
-                    base_url=self._settings.url,
-                    headers=self._settings.headers,
-                    verify=self._verify,
-                    limits=LIMITS,
-                    transport=self._transport,
-                )
-            return http
+            # What is left of loops that ended holds them in memory.
+            for ended in [other for other in self._http if other.is_closed()]:
+                del self._http[ended]
+            known = self._http.get(loop)
+            if known is not None and not known.http.is_closed:
+                return known.http
+            http = httpx2.AsyncClient(
+                base_url=self._settings.url,
+                headers=self._settings.headers,
+                verify=self._verify,
+                limits=LIMITS,
+                transport=self._transport,
+            )
+            new = self._http[loop] = _Connections(http=http, until_the_end=_until_the_end(http))
+        await anext(new.until_the_end)
+        return http
 
     async def _drive(self, steps: Steps[T]) -> T:
         """Do what `steps` asks for until it returns."""
-        http = self._connections()
+        http = await self._connections()
         reply: Reply = None
         while True:
             try:

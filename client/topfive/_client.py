@@ -40,7 +40,7 @@ class Client:
         transport: replaces the network, in tests or to go through a socket of your own.
 
     Raises:
-        ClientError: the address is not http:// or https://, or a time limit or priority makes no sense.
+        ClientError: the address is not http:// or https://, or the key, a time limit or the priority makes no sense.
     """
 
     def __init__(

@@ -1,8 +1,19 @@
-"""Every file below a folder, the same for training, export and load tests."""
+"""Files below a folder, and which of them are images by their name: the same for training, export, scoring and load tests."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+IMAGE_SUFFIXES: Final = (
+    ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""How the names of images end, whatever their case."""
+
+
+def has_image_name(name: str) -> bool:
+    """Whether a file of this name (or path) counts as an image where nothing else is known of it."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def files_below(folder: Path) -> Iterator[Path]:

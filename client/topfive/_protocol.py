@@ -31,6 +31,8 @@ from topfive.errors import (
 
 _ERROR_TYPE = "urn:topfive:error:"
 _QUOTED = re.compile('"([^"]*)"')
+_MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
+"""What reading an answer of another shape raises; the last one for a number such as 1e999."""
 _OF_THE_CALL = (AuthenticationError, BadRequestError, NotFoundError)
 """Refusals that no other image would escape; they end `classify_many` instead of becoming values."""
 
@@ -270,7 +272,7 @@ def read_images(
                     timing_ms=timing,
                 )
             )
-    except (KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise ApiResponseError(f"the answer of {url} is malformed: {error!r}") from error
     return results
 
@@ -296,7 +298,7 @@ def read_models(response: httpx2.Response, url: str) -> tuple[Model, ...]:
             )
             for model in body["models"]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise ApiResponseError(f"the answer of {url} is malformed: {error!r}") from error
 
 
@@ -320,7 +322,7 @@ def _json_object(response: httpx2.Response) -> dict[str, Any]:
     """The body as a JSON object, or an empty one: what stands between us and the server answers in HTML."""
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

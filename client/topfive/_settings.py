@@ -1,5 +1,6 @@
 """What both clients are made with."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, get_args
@@ -18,6 +19,8 @@ URL_VARIABLE = "TOPFIVE_URL"
 API_KEY_VARIABLE = "TOPFIVE_API_KEY"
 DEFAULT_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 """Seconds for each phase: to connect, to send a piece, to wait for a piece of the answer, to get a connection."""
+_LONGEST_S = 86_400.0
+"""What a longer time limit counts as, in seconds: a server takes no larger `X-Timeout-Ms`, and a socket has a limit too."""
 
 
 LIMITS = httpx2.Limits(keepalive_expiry=30.0)
@@ -52,7 +55,7 @@ class Settings:
         """From a client's arguments and the environment.
 
         Raises:
-            ClientError: an address without http:// or https://, or a time limit or a priority that is none.
+            ClientError: an address without http:// or https://, or a key, time limit or priority that is none.
         """
         url = url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
@@ -66,6 +69,9 @@ class Settings:
         headers = {"User-Agent": f"topfive-python/{__version__}", "Accept": "application/json"}
         api_key = api_key or os.environ.get(API_KEY_VARIABLE)
         if api_key:
+            if not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+                # Without the key: it is a secret, also where it is wrong.
+                raise ClientError("the API key must be printable ASCII characters without spaces around them")
             headers["Authorization"] = f"Bearer {api_key}"
         if priority is not None:
             if priority not in get_args(Priority):
@@ -94,22 +100,27 @@ class Settings:
         """
         if top_k is not None and top_k < 1:
             raise ClientError(f"top_k is {top_k}; it must be at least 1")
-        if deadline is not None and not deadline > 0:
-            raise ClientError(f"deadline is {deadline}; it must be more than 0 seconds")
         return Options(
             top_k=top_k,
             model=model,
             version=None if version is None else str(version),
             timeout=_timeout(timeout, self.timeout),
-            deadline=deadline,
+            deadline=None if deadline is None else _limit("deadline", deadline),
         )
 
 
 def _timeout(given: float | httpx2.Timeout | None, default: httpx2.Timeout) -> httpx2.Timeout:
     if given is None:
         return default
-    if isinstance(given, httpx2.Timeout):
-        return given
-    if not given > 0:
-        raise ClientError(f"timeout is {given}; it must be more than 0 seconds")
-    return httpx2.Timeout(given)
+    if not isinstance(given, httpx2.Timeout):
+        return httpx2.Timeout(_limit("timeout", given))
+    phases = given.as_dict().items()
+    return httpx2.Timeout(
+        **{name: None if value is None else _limit(f"timeout of {name}", value) for name, value in phases}
+    )
+
+
+def _limit(name: str, seconds: float) -> float:
+    if not 0 < seconds < math.inf:
+        raise ClientError(f"{name} is {seconds}; it must be a finite number above 0, in seconds")
+    return min(seconds, _LONGEST_S)

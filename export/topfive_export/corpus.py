@@ -10,20 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
-from topfive._folders import files_below
+from topfive._folders import IMAGE_SUFFIXES, files_below, has_image_name
 from topfive.model_spec import Preprocessing
 from topfive.preprocessing import ImageError, decode
 from topfive_export.variant import ExportError
-
-SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-)
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -56,9 +52,9 @@ def given_pictures(folder: Path, labels: Sequence[str], *, limit: int) -> list[P
     """
     if not folder.is_dir():
         raise ExportError(f"--images {folder} is not a folder")
-    paths = sorted(path for path in files_below(folder) if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in files_below(folder) if has_image_name(path.name))
     if not paths:
-        raise ExportError(f"--images {folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise ExportError(f"--images {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     if len(paths) > limit:
         paths = [paths[index * len(paths) // limit] for index in range(limit)]
     classes = {label: index for index, label in enumerate(labels)}

@@ -181,9 +181,12 @@ def enforce(comparison: Comparison, limits: Limits, what: str) -> None:
     Raises:
         Disagreement: it is; the sentence names every measure that failed, its limit and the worst image.
     """
-    excused = limits.near_ties_excused
-    top1 = comparison.top1_agreement if excused else comparison.top1_agreement_all
-    top5 = comparison.top5_agreement if excused else comparison.top5_agreement_all
+    if limits.near_ties_excused:
+        top1, top1_images = comparison.top1_agreement, comparison.decided_top1
+        top5, top5_images = comparison.top5_agreement, comparison.decided_top5
+    else:
+        top1, top1_images = comparison.top1_agreement_all, comparison.images
+        top5, top5_images = comparison.top5_agreement_all, comparison.images
     wrong = []
     # Written so that NaN is beyond every limit.
     limit = limits.probability_difference
@@ -194,14 +197,16 @@ def enforce(comparison: Comparison, limits: Limits, what: str) -> None:
             f"the answers differ by {comparison.relative_difference:.2g} of what they vary by between images "
             f"(limit {limits.relative_difference:g})"
         )
-    for name, share, limit in (
-        ("top-1", top1, limits.top1_agreement),
-        ("top-5", top5, limits.top5_agreement),
+    for name, share, images, limit in (
+        ("top-1", top1, top1_images, limits.top1_agreement),
+        ("top-5", top5, top5_images, limits.top5_agreement),
     ):
         # As with accuracy, one image is no finding, however few there are; but exactness allows for none.
         allowed = 1 if limit < 1 else 0
-        if share < limit and round((1 - share) * comparison.images) > allowed:
-            wrong.append(f"the {name} answers agree on {share:.1%} of the images (limit {limit:.1%})")
+        if share < limit and round((1 - share) * images) > allowed:
+            wrong.append(
+                f"the {name} answers agree on {share:.1%} of the {images} images (limit {limit:.1%})"
+            )
     if wrong:
         raise Disagreement(
             f"{what} does not answer as the trained network does: {'; '.join(wrong)}; "

@@ -133,10 +133,10 @@ def copy_of(photos: Path, tmp_path: Path) -> Path:
 
 if __name__ == "__main__":
     # The folder, the output, and after how many images to hang (so that a test can kill it in mid-job, however slow
-    # the machine that watches it is).
+    # the machine that watches it is); and "dedupe", or nothing.
     score_with(
         FakeClassifier(delay_s=300, quick_images=int(sys.argv[3])),
         Path(sys.argv[1]),
         Path(sys.argv[2]),
-        JobConfig(save_every_s=0),
+        JobConfig(save_every_s=0, dedupe="dedupe" in sys.argv),
     )

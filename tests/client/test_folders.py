@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+from tests.client.fake_server import jpeg
 
-from topfive._folders import files_below
+from topfive._folders import IMAGE_SUFFIXES, files_below
 from topfive.cli.load_test import read_images
+from topfive.scoring._sources import open_source
+from topfive_export.corpus import given_pictures
 
 
 @pytest.fixture
@@ -29,6 +32,18 @@ def test_the_load_test_takes_the_same_files(folder: Path) -> None:
     bodies, left_out = read_images([folder], 100, 100)
     assert list(bodies.values()) == [b"data/a/3.jpg", b"far/2.jpg", b"far/deep/1.jpg"]
     assert left_out == 0
+
+
+def test_every_part_takes_the_same_names_for_images(tmp_path: Path) -> None:
+    names = [f"picture{suffix}" for suffix in IMAGE_SUFFIXES] + ["PICTURE.JPEG"]
+    for name in [*names, "picture.txt", "jpg"]:
+        (tmp_path / name).write_bytes(jpeg() if name in names else b"")
+    listed = open_source(str(tmp_path), max_bytes=10**6).list(all_files=False)
+    assert sorted(listed) == sorted(names)
+    assert [picture.name for picture in given_pictures(tmp_path, [], limit=99)] == sorted(names)
+    assert len(read_images([tmp_path], 10**6)) == len(names)
+    documented = (Path(__file__).parents[2] / "docs/scoring.md").read_text(encoding="utf-8")
+    assert [suffix for suffix in IMAGE_SUFFIXES if f"`{suffix}`" not in documented] == []
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ def test_a_folder_that_vanishes_stops_the_job_instead_of_failing_every_row(
         (FakeClassifier(version="2"), JobConfig(), "version was 1, now 2"),
         (FakeClassifier(), JobConfig(top_k=3), "top_k was 5, now 3"),
         (FakeClassifier(), JobConfig(all_files=True), "all_files was False, now True"),
+        (FakeClassifier(), JobConfig(dedupe=True), "dedupe was False, now True"),
     ],
 )
 def test_a_job_is_not_resumed_as_another_one(

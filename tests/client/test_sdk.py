@@ -6,6 +6,8 @@ import io
 import multiprocessing
 import pickle
 import threading
+import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,7 +134,12 @@ def test_a_wrong_address_is_refused_at_once(kind: type[Client], url: str) -> Non
         ({"top_k": 0}, "top_k"),
         ({"timeout": 0}, "timeout"),
         ({"deadline": -1}, "deadline"),
+        ({"deadline": float("inf")}, "deadline is inf; it must be a finite number above 0"),
+        ({"deadline": float("nan")}, "deadline"),
         ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": float("inf")}, "timeout is inf; it must be a finite number above 0"),
+        ({"timeout": httpx2.Timeout(9, read=float("inf"))}, "timeout of read is inf"),
+        ({"timeout": httpx2.Timeout(None, connect=-1)}, "timeout of connect is -1"),
     ],
 )
 def test_nonsense_arguments_are_refused_by_name(
@@ -142,6 +149,29 @@ def test_nonsense_arguments_are_refused_by_name(
         with pytest.raises(topfive.ClientError, match=names):
             ask(method, image, **options)
     assert fake.requests == []
+
+
+def test_a_time_limit_beyond_what_servers_and_sockets_take_is_a_day(server: FakeServer) -> None:
+    with Client(server.url, timeout=1e306) as client:
+        assert client.classify(jpeg(), deadline=100_000).ok
+        assert client.classify(jpeg(), deadline=1e306).ok
+        assert client.classify(jpeg(), deadline=1e306, timeout=httpx2.Timeout(None, connect=1e306)).ok
+    told = [int(request.headers["x-timeout-ms"]) for request in server.requests]
+    assert len(told) == 3
+    assert all(86_000_000 < milliseconds <= 86_400_000 for milliseconds in told)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb", " begin", "end\n", "\udcff"])
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(
+    kind: type[Client], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(topfive.ClientError, match="the API key") as caught:
+        kind(api_key=key)
+    assert key.strip() not in str(caught.value)
+    monkeypatch.setenv("TOPFIVE_API_KEY", key.replace("\udcff", "\xff"))
+    with pytest.raises(topfive.ClientError, match="the API key"):
+        kind()
 
 
 def test_nonsense_limits_and_policies_are_refused_by_name() -> None:
@@ -294,6 +324,9 @@ def test_refusals_without_a_problem_document_are_told_too(ask: Ask, fake: FakeSe
         (200, b'{"images": [{}], "model": "m", "version": "1"}'),
         (200, b'{"images": [{"width": 1, "height": 1, "top": 7}], "model": "m", "version": "1"}'),
         (200, b'{"images": [null], "model": "m", "version": "1"}'),
+        (200, b'{"images": [{"width": 1e999, "height": 1, "top": []}], "model": "m", "version": "1"}'),
+        (200, b'{"images": [{"error": {"status": 1e999}}]}'),
+        (200, b'{"images": [' + 100_000 * b"["),
         (200, b'{"images": [{"error": "bad"}], "model": "m", "version": "1"}'),
         (
             200,
@@ -392,6 +425,11 @@ def test_models_and_readiness(ask: Ask, fake: FakeServer) -> None:
     fake.script = [httpx2.ConnectError("refused")]
     assert ask("ready") is False
     fake.script = [(200, {}, b'{"models": [{"name": 1}]}')]
+    with pytest.raises(topfive.ApiResponseError):
+        ask("models")
+    fake.script = [
+        (200, {}, b'{"models": [{"name": "m", "version": "1", "default": true, "classes": 1e999}]}')
+    ]
     with pytest.raises(topfive.ApiResponseError):
         ask("models")
     fake.script = [refusal(401, "unauthorized", "a key is needed")]
@@ -568,6 +606,57 @@ def test_one_async_client_serves_several_event_loops(server: FakeServer) -> None
         thread.join()
     assert len(labels) == 5
     assert len(set(labels)) == 1
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_an_event_loop_that_ends_takes_its_connections_along(server: FakeServer) -> None:
+    client = AsyncClient(server.url)
+    assert asyncio.run(client.ready())
+    before = open_descriptors()
+    for _ in range(20):
+        assert asyncio.run(client.ready())
+    gc.collect()  # an unclosed socket would warn here, and warnings are errors
+    until = time.monotonic() + 30
+    while open_descriptors() > before + 5 and time.monotonic() < until:
+        time.sleep(0.01)  # the server's threads close their ends
+    assert open_descriptors() <= before + 5
+    assert len(client._http) <= 1
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_event_loop_that_is_closed_bare_is_not_kept(server: FakeServer) -> None:
+    client = AsyncClient(server.url)
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(client.ready())
+    loop.close()
+    gone = weakref.ref(loop)
+    del loop
+    assert asyncio.run(client.ready())
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.filterwarnings("ignore:asynchronous generator.*shutdown_asyncgens:ResourceWarning")
+def test_an_event_loop_that_shuts_down_may_still_ask(server: FakeServer) -> None:
+    client = AsyncClient(server.url)
+
+    async def run() -> None:
+        assert await client.ready()
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        assert await client.ready()
+
+    asyncio.run(run())
+
+
+def test_an_async_client_that_is_dropped_closes_its_connections(server: FakeServer) -> None:
+    async def run() -> None:
+        assert await AsyncClient(server.url).ready()
+        gc.collect()  # an unclosed socket would warn here, and warnings are errors
+
+    asyncio.run(run())
 
 
 def answer_of_a_forked_child(client: Client | AsyncClient, ask: Callable[[], str]) -> str:

@@ -1,6 +1,7 @@
 """The gate refuses graphs that are wrong, each in its own way, and leaves nothing behind."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from tests.export.conftest import make_classifier
 
 from topfive.cli import main
 from topfive_export import pipeline
-from topfive_export.gate import Answered, Disagreement, accuracy, compare, enforce, enforce_accuracy
+from topfive_export.gate import (
+    Answered,
+    Comparison,
+    Disagreement,
+    accuracy,
+    compare,
+    enforce,
+    enforce_accuracy,
+)
 from topfive_export.graphs import ExportGraph, build_graph
 from topfive_export.pipeline import ExportConfig, run_export
 from topfive_export.variant import FP32_LIMITS, ExportError, Limits, Variant
@@ -146,8 +155,29 @@ def test_near_ties_are_counted_and_only_excused_where_the_limits_say_so() -> Non
         near_ties_excused=False,
         accuracy_drop=0.0,
     )
-    with pytest.raises(Disagreement, match=r"top-1 answers agree on 90\.0%"):
+    with pytest.raises(Disagreement, match=r"top-1 answers agree on 90\.0% of the 10 images"):
         enforce(comparison, strict, "the graph")
+
+
+def test_one_image_is_no_finding_also_where_few_are_decided() -> None:
+    limits = dataclasses.replace(FP32_LIMITS, top1_agreement=0.9, top5_agreement=0.9)
+    found = Comparison(
+        images=100,
+        decided_top1=2,
+        decided_top5=100,
+        top1_agreement=0.5,
+        top5_agreement=1.0,
+        top1_agreement_all=0.99,
+        top5_agreement_all=1.0,
+        probability_difference=0.0,
+        relative_difference=0.0,
+        features_difference=0.0,
+        worst_image="w",
+    )
+    enforce(found, limits, "the graph")
+    two = dataclasses.replace(found, decided_top1=4)
+    with pytest.raises(Disagreement, match=r"top-1 answers agree on 50\.0% of the 4 images"):
+        enforce(two, limits, "the graph")
 
 
 def test_an_unsure_network_is_measured_as_strictly_as_a_sure_one() -> None:

@@ -13,7 +13,7 @@ from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.table import Table
 
-from topfive._folders import files_below
+from topfive._folders import files_below, has_image_name
 from topfive._settings import API_KEY_VARIABLE
 from topfive._version import __version__
 from topfive.cli._load_picture import draw, see_drawable
@@ -28,9 +28,6 @@ from topfive.loadtest import (
     limit_is_the_generators,
     lowest_miss,
 )
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-"""What counts as an image in a folder."""
 
 
 def load_test(
@@ -162,7 +159,7 @@ def read_images(paths: Sequence[Path], max_bytes: int, max_images: int) -> tuple
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from (f for f in files_below(path) if f.suffix.lower() in SUFFIXES and f.is_file())
+            yield from (f for f in files_below(path) if has_image_name(f.name) and f.is_file())
         else:
             yield path
 

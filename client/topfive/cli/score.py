@@ -142,7 +142,8 @@ def _signals_set(stop: threading.Event, reporter: Reporter) -> Generator[list[in
 def _print_summary(summary: Summary) -> None:
     failed = ", ".join(f"{count:,} {status}" for status, count in summary.failed_by_status.items())
     print(  # noqa: T201
-        f"{summary.output}: {summary.files:,} rows, {summary.failed:,} failed{f' ({failed})' if failed else ''}\n"
+        f"{summary.output}: {summary.files:,} rows, {summary.failed:,} failed{f' ({failed})' if failed else ''}"
+        f"{f', {summary.duplicates:,} duplicates' if summary.duplicates else ''}\n"
         f"{summary.model} version {summary.version} in {summary.runs_on}: {summary.images_per_second:,.1f} images/s "
         f"over {summary.seconds:,.1f} s"
     )

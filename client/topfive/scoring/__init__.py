@@ -1,7 +1,8 @@
 """Offline scoring: a folder of images in, a table with one row per file out.
 
 `run_job` does the whole of it; `topfive score` is its command. Start reading at `_job`, then `_state` (what survives
-`kill -9`), `_scorer` (the seam) and its two sides, `_local` (engine in process) and `_remote` (through a server).
+`kill -9`), `_scorer` (the seam) and its two sides, `_local` (engine in process) and `_remote` (through a server). `_answers` keeps
+what files of the same bytes share (`--dedupe`).
 """
 
 from topfive.scoring._errors import (

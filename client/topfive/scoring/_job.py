@@ -11,14 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from topfive._folders import IMAGE_SUFFIXES
 from topfive._version import __version__
 from topfive.preprocessing import DEFAULT_MAX_PIXELS
+from topfive.scoring._answers import Answers
 from topfive.scoring._errors import InterruptedJobError, RefusedError, StoppedError
 from topfive.scoring._formats import check_format, write_table
 from topfive.scoring._progress import Reporter, Silent
-from topfive.scoring._rows import ENGINE_FAILED, OK, Outcome, Row, make_row
+from topfive.scoring._rows import ENGINE_FAILED, OK, Outcome, Row, make_row, outcome_of, published
 from topfive.scoring._scorer import Scorer
-from topfive.scoring._sources import EXTENSIONS, Source, open_source
+from topfive.scoring._sources import Source, open_source
 from topfive.scoring._state import JobRecord, JobState
 
 _MAX_UNSAVED_ROWS: Final = 20_000
@@ -40,6 +42,8 @@ class JobConfig:
     """Labels per row, 1 to 5; fewer where the model has fewer classes."""
     all_files: bool = False
     """Give every file a row, not only those whose name ends as an image's does."""
+    dedupe: bool = False
+    """Compute images of the same bytes once; every file still gets its row."""
     overwrite: bool = False
     """Discard existing results, and an unfinished job, and start anew."""
     max_failure_rate: float = 1.0
@@ -87,6 +91,8 @@ class Summary:
     """Files that were classified."""
     failed: int
     """Files that were not."""
+    duplicates: int
+    """Files that got the answer of another one with the same bytes."""
     failed_by_status: dict[str, int]
     """How many failed with each status, most frequent first."""
     resumed_at: int
@@ -131,11 +137,20 @@ def run_job(
         scorer = open_scorer(source)
         try:
             record = _resume_or_begin(config, state, source, scorer, reporter)
-            run = _Run(config=config, record=record, state=state, scorer=scorer, reporter=reporter, stop=stop)
-            try:
-                run.score()
-            finally:
-                reporter.end()
+            with Answers(state.answers) if config.dedupe else contextlib.nullcontext() as answers:
+                run = _Run(
+                    config=config,
+                    record=record,
+                    state=state,
+                    scorer=scorer,
+                    answers=answers,
+                    reporter=reporter,
+                    stop=stop,
+                )
+                try:
+                    run.score()
+                finally:
+                    reporter.end()
         finally:
             scorer.close()
         return run.publish()
@@ -152,6 +167,7 @@ def _resume_or_begin(
         model=identity.model,
         version=identity.version,
         fingerprint=identity.fingerprint,
+        dedupe=config.dedupe,
     )
     if state.begun:
         record = state.record()
@@ -166,7 +182,9 @@ def _resume_or_begin(
     files, digest = state.write_listing(source.list(all_files=config.all_files))
     if not files:
         what = (
-            "files" if config.all_files else f"images ({', '.join(EXTENSIONS)}; --all-files takes any name)"
+            "files"
+            if config.all_files
+            else f"images ({', '.join(IMAGE_SUFFIXES)}; --all-files takes any name)"
         )
         raise RefusedError(f"there are no {what} in {source.location}")
     record = replace(wanted, files=files, listing_sha256=digest)
@@ -184,6 +202,7 @@ class _Run:
         record: JobRecord,
         state: JobState,
         scorer: Scorer,
+        answers: Answers | None,
         reporter: Reporter,
         stop: threading.Event,
     ) -> None:
@@ -193,8 +212,14 @@ class _Run:
         self._scorer = scorer
         self._reporter = reporter
         self._stop = stop
-        self._resumed_at, self._failures = state.count()
-        self._saved = self._resumed_at
+        self._answers = answers
+        self._saved = self._failures = 0
+        for row in state.rows():
+            self._saved += 1
+            self._failures += row["status"] != OK
+            if answers is not None:
+                answers.add(outcome_of(row))
+        self._resumed_at = self._saved
         self._unsaved: list[Row] = []
         self._engine_failures = 0
         self._seconds = 0.0
@@ -222,8 +247,8 @@ class _Run:
         chunks = _chunked(self._state.listing(self._saved), size, first=size - self._saved % size)
         paths = self._state.listing(self._saved)
         saved_s = time.monotonic()
-        with contextlib.closing(self._scorer.score(self._until_stopped(chunks))) as answers:
-            for outcomes in answers:
+        with contextlib.closing(self._scorer.score(self._until_stopped(chunks), self._answers)) as scored:
+            for outcomes in scored:
                 self._take(paths, outcomes)
                 due = time.monotonic() - saved_s >= self._config.save_every_s
                 if due or len(self._unsaved) >= _MAX_UNSAVED_ROWS:
@@ -240,7 +265,7 @@ class _Run:
                 next(paths), outcome, model=record.model, version=record.version, top_k=record.top_k
             )
             self._unsaved.append(row)
-            if outcome.ok:
+            if outcome.ok and not outcome.duplicate:
                 self._engine_failures = 0
             elif outcome.status == ENGINE_FAILED:
                 self._engine_failures += 1
@@ -269,6 +294,10 @@ class _Run:
         """Save `rows`, the first of those that are unsaved; all but a run of engine failures at their end by default."""
         if rows is None:
             rows = self._unsaved[: _before_engine_failures(self._unsaved)]
+            if not rows and len(self._unsaved) >= _MAX_UNSAVED_ROWS:
+                rows = (
+                    self._unsaved
+                )  # nothing to compute since the engine failed: they must not gather in memory
         if rows:
             self._state.save_part(self._saved, rows)
             self._saved += len(rows)
@@ -278,11 +307,14 @@ class _Run:
         """Put the results in their place, write the statistics, and forget the job."""
         state, output = self._state, self._state.output
         counts: Counter[str] = Counter()
+        duplicates = 0
 
         def rows() -> Iterator[Row]:
+            nonlocal duplicates
             for row in state.rows():
                 counts[str(row["status"])] += 1
-                yield row
+                duplicates += bool(row.get("duplicate"))
+                yield published(row)
 
         temporary = state.folder / f"results{output.suffix}"
         try:
@@ -298,14 +330,14 @@ class _Run:
                 f"{state.disk_error(error)}. All {self._record.files:,} files are scored; the same command, once "
                 f"there is room, writes {output}"
             ) from error
-        summary = self._summary(counts)
+        summary = self._summary(counts, duplicates)
         with state.saving("stats.json") as file:
             file.write(json.dumps(asdict(summary), indent=2, ensure_ascii=False).encode() + b"\n")
         state.publish(state.folder / "stats.json", output.with_name(f"{output.name}.stats.json"))
         state.clear()
         return summary
 
-    def _summary(self, counts: Counter[str]) -> Summary:
+    def _summary(self, counts: Counter[str], duplicates: int) -> Summary:
         scored = self._record.files - self._resumed_at
         return Summary(
             output=str(self._state.output),
@@ -317,6 +349,7 @@ class _Run:
             files=self._record.files,
             ok=counts[OK],
             failed=counts.total() - counts[OK],
+            duplicates=duplicates,
             failed_by_status={status: n for status, n in counts.most_common() if status != OK},
             resumed_at=self._resumed_at,
             seconds=round(self._seconds, 3),
@@ -325,10 +358,10 @@ class _Run:
 
 
 def _before_engine_failures(rows: list[Row]) -> int:
-    """Number of rows up to and including the last that was classified, or all if no later one is the engine's fault."""
+    """Number of rows up to and including the last that was computed, or all if no later one is the engine's fault."""
     end = len(rows)
     for index in range(len(rows) - 1, -1, -1):
-        if rows[index]["status"] == OK:
+        if rows[index]["status"] == OK and not rows[index].get("duplicate"):
             return end
         if rows[index]["status"] == ENGINE_FAILED:
             end = index

@@ -19,6 +19,7 @@ from topfive.preprocessing import (
     UnsupportedFormatError,
     decode,
 )
+from topfive.scoring._answers import Answers, content_sha256
 from topfive.scoring._errors import RefusedError, StoppedError
 from topfive.scoring._rows import ENGINE_FAILED, Label, Outcome, failed
 from topfive.scoring._scorer import Identity, run_ahead
@@ -117,48 +118,56 @@ class LocalScorer:
         """Free the engine."""
         self._classifier.close()
 
-    def score(self, chunks: Iterable[list[str]]) -> Generator[list[Outcome]]:
+    def score(self, chunks: Iterable[list[str]], answers: Answers | None = None) -> Generator[list[Outcome]]:
         """See `Scorer.score`."""
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
-        def start(chunk: list[str]) -> list[Future[Decoded | Outcome]]:
-            return [pool.submit(self._decode, path) for path in chunk]
+        def start(chunk: list[str]) -> list[Future[tuple[str, Decoded | Outcome]]]:
+            return [pool.submit(self._decode, path, answers) for path in chunk]
 
         try:
             for futures in run_ahead(chunks, start, ahead=2):
-                yield self._classify([future.result() for future in futures])
+                yield self._classify([future.result() for future in futures], answers)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decode(self, path: str) -> Decoded | Outcome:
+    def _decode(self, path: str, answers: Answers | None) -> tuple[str, Decoded | Outcome]:
+        """One file's SHA-256, empty where nobody asks, and the file decoded, its answer if known, or its failure."""
+        sha256 = ""
         try:
-            return decode(
-                self._source.read(path),
-                self._classifier.spec.preprocessing,
-                max_pixels=self._max_pixels,
-            )
+            content = self._source.read(path)
+            if answers is not None:
+                sha256 = content_sha256(content)
+                if known := answers.find(sha256):
+                    return sha256, known
+            return sha256, decode(content, self._classifier.spec.preprocessing, max_pixels=self._max_pixels)
         except ReadError as error:
-            return failed(error.status, error)
+            return sha256, failed(error.status, error)
         except ImageError as error:
-            return failed(_STATUS[type(error)], error)
+            return sha256, failed(_STATUS[type(error)], error)
         except MemoryError:
-            return failed("out-of-memory", "there was not enough memory to decode the image")
+            return sha256, failed("out-of-memory", "there was not enough memory to decode the image")
 
-    def _classify(self, items: Sequence[Decoded | Outcome]) -> list[Outcome]:
-        images = [item for item in items if isinstance(item, Decoded)]
-        answers = iter(self._predict([item.image for item in images])) if images else iter(())
-        outcomes = []
-        for item in items:
-            if isinstance(item, Outcome):
-                outcomes.append(item)
-                continue
-            answer = next(answers)
-            if isinstance(answer, Outcome):
-                outcomes.append(answer)
-            else:
-                top = [Label(*label) for label in answer]
-                outcomes.append(Outcome(width=item.width, height=item.height, top=top))
-        return outcomes
+    def _classify(
+        self, files: Sequence[tuple[str, Decoded | Outcome]], answers: Answers | None
+    ) -> list[Outcome]:
+        images = [(sha256, item) for sha256, item in files if isinstance(item, Decoded)]
+        # Which of them are new is decided here, chunk after chunk: the engine's batches depend on no thread's haste.
+        outcomes = iter(
+            self._compute([image for _, image in images])
+            if answers is None
+            else answers.of(images, self._compute)
+        )
+        return [item if isinstance(item, Outcome) else next(outcomes) for _, item in files]
+
+    def _compute(self, images: Sequence[Decoded]) -> list[Outcome]:
+        answers = self._predict([image.image for image in images]) if images else []
+        return [
+            answer
+            if isinstance(answer, Outcome)
+            else Outcome(width=image.width, height=image.height, top=[Label(*label) for label in answer])
+            for image, answer in zip(images, answers, strict=True)
+        ]
 
     def _predict(self, squares: Sequence[Image.Image]) -> list[list[tuple[str, int, float]] | Outcome]:
         """One answer per image; a batch that fails is halved until the image that it fails on stands alone."""

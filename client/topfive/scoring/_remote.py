@@ -22,6 +22,7 @@ from topfive import (
     RetryPolicy,
     UnavailableError,
 )
+from topfive.scoring._answers import Answers, content_sha256
 from topfive.scoring._errors import InterruptedJobError, RefusedError, ServerGoneError, StoppedError
 from topfive.scoring._rows import ENGINE_FAILED, Label, Outcome, failed
 from topfive.scoring._scorer import Identity, run_ahead
@@ -120,29 +121,34 @@ class RemoteScorer:
         """Close the connections."""
         self._client.close()
 
-    def score(self, chunks: Iterable[list[str]]) -> Generator[list[Outcome]]:
+    def score(self, chunks: Iterable[list[str]], answers: Answers | None = None) -> Generator[list[Outcome]]:
         """See `Scorer.score`."""
         self._answered_s = time.monotonic()
         pool = ThreadPoolExecutor(self._config.requests, thread_name_prefix="score")
         try:
             for future in run_ahead(
-                chunks, lambda chunk: pool.submit(self._score_chunk, chunk), ahead=2 * self._config.requests
+                chunks,
+                lambda chunk: pool.submit(self._score_chunk, chunk, answers),
+                ahead=2 * self._config.requests,
             ):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _score_chunk(self, paths: Sequence[str]) -> list[Outcome]:
-        outcomes: list[Outcome | None] = []
-        images: list[bytes] = []
+    def _score_chunk(self, paths: Sequence[str], answers: Answers | None) -> list[Outcome]:
+        files: list[bytes | Outcome] = []
         for path in paths:
             try:
-                images.append(self._source.read(path))
-                outcomes.append(None)
+                files.append(self._source.read(path))
             except ReadError as error:
-                outcomes.append(failed(error.status, error))
-        answers = iter(self._ask_patiently(images))
-        return [next(answers) if outcome is None else outcome for outcome in outcomes]
+                files.append(failed(error.status, error))
+        images = [file for file in files if isinstance(file, bytes)]
+        outcomes = iter(
+            self._ask_patiently(images)
+            if answers is None
+            else answers.of([(content_sha256(image), image) for image in images], self._ask_patiently)
+        )
+        return [file if isinstance(file, Outcome) else next(outcomes) for file in files]
 
     def _ask_patiently(self, images: Sequence[bytes]) -> list[Outcome]:
         """Ask until every image has a lasting answer.

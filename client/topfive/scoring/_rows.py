@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 Cell: TypeAlias = str | int | float | None
 Row: TypeAlias = dict[str, Cell]
@@ -28,6 +28,9 @@ _LEADING: Final[dict[str, type]] = {
     "width": int,
     "height": int,
 }
+
+_OF_THE_JOB: Final = frozenset({"sha256", "duplicate"})
+"""Cells of saved rows that are not in the results."""
 
 
 class Label(NamedTuple):
@@ -52,6 +55,10 @@ class Outcome:
     """Height of the original, upright, in pixels."""
     top: Sequence[Label] = ()
     """The most likely classes, most likely first."""
+    sha256: str | None = None
+    """SHA-256 of the file, in hexadecimal, where answers are shared by content."""
+    duplicate: bool = False
+    """Whether the answer is that of another file with the same bytes."""
 
     @property
     def ok(self) -> bool:
@@ -74,7 +81,7 @@ def columns(top_k: int) -> dict[str, type]:
 
 
 def make_row(path: str, outcome: Outcome, *, model: str, version: str, top_k: int) -> Row:
-    """The row of the file at `path`.
+    """The row of the file at `path`; with what is known of its content, which is for the job alone (`published`).
 
     Probabilities keep six significant digits: what float32 arithmetic reproduces whatever the batch size.
     """
@@ -87,7 +94,34 @@ def make_row(path: str, outcome: Outcome, *, model: str, version: str, top_k: in
             f"class_{rank}": index,
             f"probability_{rank}": float(f"{probability:.6g}"),
         }
+    if outcome.sha256 is not None:
+        row |= {"sha256": outcome.sha256, "duplicate": outcome.duplicate}
     return row
+
+
+def outcome_of(row: Row) -> Outcome:
+    """What `make_row` made a row of, with its probabilities as they are there."""
+    values: dict[str, Any] = dict(row)
+    ranks = range(1, 1 + sum(name.startswith("label_") for name in row))
+    top = [
+        Label(values[f"label_{rank}"], values[f"class_{rank}"], values[f"probability_{rank}"])
+        for rank in ranks
+        if values[f"label_{rank}"] is not None
+    ]
+    return Outcome(
+        status=values["status"],
+        error=values["error"],
+        width=values["width"],
+        height=values["height"],
+        top=top,
+        sha256=values.get("sha256"),
+        duplicate=values.get("duplicate", False),
+    )
+
+
+def published(row: Row) -> Row:
+    """The row as it is in the results."""
+    return {name: cell for name, cell in row.items() if name not in _OF_THE_JOB}
 
 
 def to_line(row: Row) -> str:

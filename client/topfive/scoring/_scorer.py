@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from topfive.scoring._answers import Answers
 from topfive.scoring._rows import Outcome
 
 T = TypeVar("T")
@@ -39,11 +40,11 @@ class Scorer(Protocol):
         """How many files to hand over at a time."""
         ...
 
-    def score(self, chunks: Iterable[list[str]]) -> Generator[list[Outcome]]:
+    def score(self, chunks: Iterable[list[str]], answers: Answers | None = None) -> Generator[list[Outcome]]:
         """For each chunk of paths, one outcome per path, in order.
 
         Takes a bounded number of chunks ahead of what it yields. The same chunk gives the same outcomes whatever
-        comes before it.
+        comes before it; with `answers`, whatever comes before it but files of the same bytes, which are computed once.
 
         Raises:
             StoppedError: no answer can be had any more (the server is gone, the engine is broken).

@@ -12,14 +12,10 @@ import stat
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
+from topfive._folders import has_image_name
 from topfive.scoring._errors import RefusedError, StoppedError
-
-EXTENSIONS: Final = (
-    ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-"""File names that count as images, whatever their case."""
 
 
 class ReadError(Exception):
@@ -77,7 +73,7 @@ def open_source(folder: str, *, skip: AbstractSet[Path] = frozenset(), max_bytes
 
 
 def _wanted(name: str, all_files: bool) -> bool:
-    return all_files or name.lower().endswith(EXTENSIONS)
+    return all_files or has_image_name(name)
 
 
 def _too_large(size: int, limit: int) -> ReadError:

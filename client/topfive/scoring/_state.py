@@ -5,6 +5,7 @@
     listing.jsonl                            every file of the job, one JSON string a line, in order
     000000000-000004096.jsonl                finished rows [0, 4096): the rows of the listing's first lines
     000004096-000008000.jsonl                …
+    answers.sqlite                           with --dedupe: made anew of the rows by each run
 
 Every file is written under another name, flushed to the disk and renamed: whenever the process or the machine dies,
 what has its final name is whole. Rows are saved in order, so the parts are always an unbroken beginning of the
@@ -18,15 +19,16 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
 from topfive.scoring._errors import RefusedError, StoppedError
-from topfive.scoring._rows import OK, Row, display_path, to_line
+from topfive.scoring._rows import Row, display_path, to_line
 
 _SCHEMA_VERSION: Final = 1
+_LOCK_ATTEMPTS: Final = 100
+"""A job's folder may be removed while it is being locked, by the process that had it; hardly so many times in a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class JobRecord:
     """Version of the model."""
     fingerprint: str
     """Fingerprint of the model's files and its preprocessing, as the server lists it or as it is computed here."""
+    dedupe: bool = False
+    """Whether files of the same bytes are computed once; jobs from before there was a choice computed each."""
     files: int = 0
     """Number of files in the listing."""
     listing_sha256: str = ""
@@ -54,7 +58,16 @@ class JobRecord:
 
     def differences(self, other: "JobRecord") -> list[str]:
         """Sentences naming what differs, but for the listing (`self` is the earlier one)."""
-        names = ("schema_version", "folder", "all_files", "top_k", "model", "version", "fingerprint")
+        names = (
+            "schema_version",
+            "folder",
+            "all_files",
+            "top_k",
+            "model",
+            "version",
+            "fingerprint",
+            "dedupe",
+        )
         return [
             f"{name} was {getattr(self, name)}, now {getattr(other, name)}"
             for name in names
@@ -68,12 +81,11 @@ class JobState:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output.with_name(output.name + ".parts")
-        self._lock: BinaryIO | None = None
 
     @classmethod
     @contextlib.contextmanager
     def claim(cls, output: Path, *, overwrite: bool) -> Generator[Self]:
-        """Lock the job's folder, making it if need be.
+        """Lock the job's folder, making it if need be; it goes in the end if no job has begun.
 
         Raises:
             RefusedError: another process has it, or the output exists and is not to be overwritten.
@@ -81,26 +93,53 @@ class JobState:
         state = cls(output)
         if output.is_dir():
             raise RefusedError(f"--output {output} is a folder; name a file in it")
-        if output.exists() and not overwrite and not state.begun:
-            raise RefusedError(f"{output} exists already; --overwrite scores again and replaces it")
-        try:
-            state.folder.mkdir(parents=True, exist_ok=True)
-            state._lock = (state.folder / "lock").open("wb")
-        except OSError as error:
-            raise RefusedError(f"cannot write to {state.folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(state._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            state._lock.close()
-            raise RefusedError(f"another process is scoring into {output} at this moment") from None
-        try:
-            if overwrite or not state.begun:
-                state.clear()
-            yield state
-        finally:
-            state._lock.close()
-            if not state.begun:
-                shutil.rmtree(state.folder, ignore_errors=True)
+        with state._locked():
+            try:
+                if output.exists() and not overwrite and not state.begun:
+                    raise RefusedError(f"{output} exists already; --overwrite scores again and replaces it")
+                if overwrite or not state.begun:
+                    state.clear()
+                yield state
+            finally:
+                if not state.begun:
+                    state._remove()
+
+    def _locked(self) -> BinaryIO:
+        """The folder's lock, held until it is closed.
+
+        Raises:
+            RefusedError: another process holds it, or the folder cannot be written.
+        """
+        path = self.folder / "lock"
+        for left in reversed(range(_LOCK_ATTEMPTS)):
+            try:
+                with contextlib.ExitStack() as unless_locked:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    lock = unless_locked.enter_context(path.open("wb"))
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Else it is that of a folder which was removed after we opened it.
+                    if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                        unless_locked.pop_all()
+                        return lock
+            except BlockingIOError:
+                break
+            except OSError as error:
+                removed_meanwhile = isinstance(error, FileExistsError | FileNotFoundError)
+                if not (removed_meanwhile and left):
+                    raise RefusedError(f"cannot write to {self.folder}: {error.strerror}") from error
+        raise RefusedError(f"another process is scoring into {self.output} at this moment")
+
+    def _remove(self) -> None:
+        """Remove the folder, the lock last: whoever takes the next one finds nothing of ours, nor we anything of theirs."""
+        with contextlib.suppress(OSError):
+            self.clear()
+            (self.folder / "lock").unlink()
+            self.folder.rmdir()
+
+    @property
+    def answers(self) -> Path:
+        """Where a run keeps its table of answers by content."""
+        return self.folder / "answers.sqlite"
 
     @property
     def begun(self) -> bool:
@@ -191,14 +230,6 @@ class JobState:
         if path is None or row.get("path") != display_path(path):
             raise self._damaged(f"{part.name} has a row of another file, {row.get('path')}")
         return row
-
-    def count(self) -> tuple[int, int]:
-        """How many rows are saved, and how many of them are of failed files."""
-        total = failures = 0
-        for row in self.rows():
-            total += 1
-            failures += row["status"] != OK
-        return total, failures
 
     # --- writing
 
