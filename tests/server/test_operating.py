@@ -55,6 +55,15 @@ def test_every_setting_with_its_default() -> None:
     assert documented == real
 
 
+def test_every_setting_means_what_its_help_says() -> None:
+    # docs/cli.md has the help, by a test of its own.
+    reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = reference.split("\n### topfive serve\n")[1].split("\n### ")[0]
+    helps = dict(re.findall(r"^\* `(--[a-z0-9-]+)[^`]*`: (.*?)(?: \*\[|$)", section, re.MULTILINE))
+    for flag, _, meaning in rows("Settings"):
+        assert meaning == helps[flag.strip("`")], flag
+
+
 def test_every_status() -> None:
     documented = {(int(status), code.strip("`")) for status, code, _ in rows("Statuses")}
     assert documented == {(kind.status, kind.code) for kind in all_errors()}
