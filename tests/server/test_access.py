@@ -5,12 +5,14 @@ import re
 import ssl
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
 from tests.server.fakes import picture
 from tests.server.harness import serving
 
+import topfive
 from topfive.errors import TopfiveError
 from topfive_server.access import CertificateError, KeyFileError, KeyRing, check_certificate
 
@@ -110,3 +112,24 @@ def test_tls(tmp_path: Path) -> None:
         with server.connect() as plain:
             plain.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert not plain.recv(100).startswith(b"HTTP")
+
+
+def test_a_certificate_that_the_client_does_not_trust_is_no_missing_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = make_certificate(tmp_path, "server", "-nodes")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with serving(tls_certificate=certificate, tls_key=key) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        waits: list[float] = []
+        monkeypatch.setattr("topfive._client.time", SimpleNamespace(sleep=waits.append))
+        with (
+            topfive.Client(url) as client,
+            pytest.raises(topfive.ApiConnectionError, match="not trusted.*SSL_CERT_FILE") as caught,
+        ):
+            client.models()
+        assert "topfive serve" not in str(caught.value)
+        assert waits == []  # it would be the same certificate
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with topfive.Client(url) as client:
+            assert client.models()
