@@ -97,6 +97,7 @@ def test_a_missing_result_and_a_damaged_note_are_made_anew(demo: ModuleType) -> 
 def test_port_in_use_is_passed_over(demo: ModuleType) -> None:
     first = demo.free_port()
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the demo's server
         taken.bind(("127.0.0.1", first))
         taken.listen()
         assert demo.free_port() > first

@@ -125,7 +125,7 @@ def test_a_certificate_that_the_client_does_not_trust_is_no_missing_server(
         monkeypatch.setattr("topfive._client.time", SimpleNamespace(sleep=waits.append))
         with (
             topfive.Client(url) as client,
-            pytest.raises(topfive.ApiConnectionError, match="not trusted.*SSL_CERT_FILE") as caught,
+            pytest.raises(topfive.ApiConnectionError, match=r"not trusted.*SSL_CERT_FILE") as caught,
         ):
             client.models()
         assert "topfive serve" not in str(caught.value)
