@@ -24,6 +24,7 @@ def test_the_reference_has_every_command_and_option_as_it_is_now() -> None:
     )
     for command in COMMANDS:
         assert f"### topfive {command.name}\n" in REFERENCE
+    assert "[ARGS" not in REFERENCE  # cyclopts' word for what has names
 
 
 def test_every_exit_status_and_variable_is_explained() -> None:
