@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -85,6 +86,8 @@ STEPS: Final = (
 
 def main() -> int:
     """Run the demo; returns the exit status."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: on the way out what was started is ended
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     os.chdir(ROOT)
     DEMO.mkdir(exist_ok=True)
     once = bool(os.environ.get("DEMO_ONCE")) or not sys.stdin.isatty()
@@ -158,6 +161,10 @@ def run(*arguments: str) -> None:
         status = process.wait()
     except KeyboardInterrupt:
         process.wait()  # the terminal's Ctrl-C went to the command as well: let it save
+        raise
+    except SystemExit:
+        process.terminate()
+        process.wait()
         raise
     if status != 0:
         raise DemoError(f"`topfive {arguments[0]}` ended with status {status}; the reason is above.")

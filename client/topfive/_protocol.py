@@ -7,6 +7,7 @@ about retries is here, once.
 
 import math
 import re
+import ssl
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -194,6 +195,8 @@ class Conversation:
             return None
         if isinstance(reply, httpx2.TimeoutException) and not isinstance(reply, httpx2.ConnectTimeout):
             return None
+        if isinstance(reply, httpx2.ConnectError) and _untrusted(reply):
+            return None  # it would be the same certificate
         return wait
 
 
@@ -213,6 +216,11 @@ def _limited(send: Send, remaining: float) -> Send:
 def _connection_error(
     cause: httpx2.RequestError | None, url: str, deadline: float | None
 ) -> ApiConnectionError:
+    if untrusted := _untrusted(cause):
+        return ApiConnectionError(
+            f"the certificate of {url} is not trusted ({untrusted}); to trust it, name a file that holds it, "
+            "or its authority's, in SSL_CERT_FILE"
+        )
     if isinstance(cause, httpx2.ConnectTimeout | httpx2.ConnectError):
         return ApiConnectionError(
             f"no server answers at {url} ({_reason(cause)}); start one with `topfive serve`, or give another address"
@@ -222,6 +230,13 @@ def _connection_error(
         limit = "its time-out" if deadline is None else f"the deadline of {deadline:g} s"
         return ApiTimeoutError(f"the server at {url} did not answer within {limit} (while {phase})")
     return ApiConnectionError(f"the connection to {url} broke ({_reason(cause)})")
+
+
+def _untrusted(cause: BaseException | None) -> str:
+    """Why the server's certificate is not trusted, or nothing where that is not what went wrong."""
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    return "" if cause is None else cause.verify_message or str(cause)
 
 
 def _reason(cause: Exception | None) -> str:

@@ -37,7 +37,7 @@ class ApiError(TopfiveError):
 
 
 class ApiConnectionError(ApiError):
-    """No server answered: nothing listens there, the name is unknown, or the connection broke."""
+    """No server answered: nothing listens there, the name is unknown, its certificate is not trusted, or the connection broke."""
 
     exit_code = 3
 

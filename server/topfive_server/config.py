@@ -51,7 +51,7 @@ class ServerConfig:
     max_pixels: int = 89_000_000
     """Width x height of one image, read from its header before decoding; more get 413."""
     max_images: int = 64
-    """Images in one multipart request; more get 413."""
+    """Images in one multipart request, at most `max_queue_images`; more get 413."""
     max_header_bytes: int = 64 * 1024
     """Bytes of the request line and headers, and as many of trailers; more get 431."""
 
@@ -62,7 +62,7 @@ class ServerConfig:
     keep_alive_s: float = 75.0
     """Seconds that an idle connection stays open after an answer."""
     request_timeout_s: float = 60.0
-    """Deadline of a request that sends no `X-Timeout-Ms`; also the largest that one may ask for."""
+    """Deadline of a request that sends no `X-Timeout-Ms`; one that asks for more gets this."""
     engine_timeout_s: float = 30.0
     """Seconds after which a batch counts as hung: its images get 503, the engine is rebuilt, `/readyz` says no."""
 
@@ -72,7 +72,7 @@ class ServerConfig:
     """Seconds that accepted requests are then given to finish."""
 
     api_keys: Path | None = None
-    """File of API keys, each a line of SHA-256 in hexadecimal and a name; all but `/healthz` and `/readyz` then need one."""
+    """File of API keys, each a line of SHA-256 in hexadecimal and a name; all but `/healthz`, `/readyz` and the pages (`/`, `/docs`) then need one."""
     admin: bool = False
     """Open the admin routes (`POST /v1/admin/reload`); needs `api_keys`."""
     tls_certificate: Path | None = None
@@ -83,7 +83,7 @@ class ServerConfig:
     log_format: Literal["json", "text"] = "json"
     """One JSON object a line, or text for people."""
     log_requests: bool = True
-    """Write one line for each request; refusals and failures are counted in the metrics either way."""
+    """Write one line for each request; without, only for slow ones and statuses from 500 on. The metrics count all."""
     slow_request_ms: float = 2000.0
     """A request slower than this is logged as a warning that says where the time went."""
     traces: bool = False

@@ -35,6 +35,9 @@ _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_P
 _NANO: Final = 1_000_000_000
 _W3C: Final = TraceContextTextMapPropagator()
 
+_LAST_S: Final = 3.0
+"""Seconds that the collector is given at the end: a dead one must not hold up every restart."""
+
 UNTRACED_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """Asked every few seconds, and nobody wants their traces."""
 _SERVICE: Final = "inference.GRPCInferenceService"
@@ -138,7 +141,8 @@ class Traces:
             return ""
 
     async def close(self, timeout_s: float) -> None:
-        """Send what waits, for at most so long."""
+        """Send what waits, for at most so long, and never longer than `_LAST_S`."""
+        timeout_s = min(timeout_s, _LAST_S)
         sending = threading.Thread(target=self._provider.shutdown, name="last traces", daemon=True)
         sending.start()
         await asyncio.to_thread(sending.join, timeout_s)

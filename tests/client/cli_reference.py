@@ -21,10 +21,9 @@ def section_of(command: Command) -> str:
     lines = [line.rstrip() for line in text.splitlines()]
     lines[0] = f"### topfive {command.name}"
     usage = next(index for index, line in enumerate(lines) if line.startswith("```console")) + 1
-    lines[usage] = (
-        f"topfive {command.name} {lines[usage].removeprefix(words[-1]).removeprefix('topfive ').strip()}".strip()
-    )
-    extra = f"\nNeeds `pip install 'topfive[{command.extra}]'`.\n" if command.extra else ""
+    lines[usage] = f"topfive {command.name} {lines[usage].partition(words[-1])[2].strip()}".strip()
+    needed_for = f" for {command.extra_for}" if command.extra_for else ""
+    extra = f"\nNeeds `pip install 'topfive[{command.extra}]'`{needed_for}.\n" if command.extra else ""
     body = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
     return f"{body}\n{extra}"
 

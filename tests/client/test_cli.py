@@ -157,6 +157,24 @@ def test_environment_of_a_hyphenated_command(
     assert capsys.readouterr().out.split()[2] == "9"
 
 
+def test_a_variable_that_names_no_option_is_warned_of(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOPFIVE_WORK_EPOCH", "9")
+    monkeypatch.setenv("TOPFIVE_HARD_WORK_EPOCH", "9")  # another command's
+    assert run("work", "here") == 0
+    captured = capsys.readouterr()
+    assert captured.out.split()[2] == "3"
+    assert captured.err == (
+        "topfive: TOPFIVE_WORK_EPOCH in the environment names no option of topfive work; "
+        "did you mean TOPFIVE_WORK_EPOCHS?\n"
+    )
+    monkeypatch.delenv("TOPFIVE_WORK_EPOCH")
+    monkeypatch.setenv("TOPFIVE_WORK_EPOCHS", "9")
+    assert run("work", "here") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_named_configuration_file_must_exist(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

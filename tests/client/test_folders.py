@@ -41,7 +41,8 @@ def test_every_part_takes_the_same_names_for_images(tmp_path: Path) -> None:
     listed = open_source(str(tmp_path), max_bytes=10**6).list(all_files=False)
     assert sorted(listed) == sorted(names)
     assert [picture.name for picture in given_pictures(tmp_path, [], limit=99)] == sorted(names)
-    assert len(read_images([tmp_path], 10**6)) == len(names)
+    bodies, _ = read_images([tmp_path], 10**6, 100)
+    assert len(bodies) == len(names)
     documented = (Path(__file__).parents[2] / "docs/scoring.md").read_text(encoding="utf-8")
     assert [suffix for suffix in IMAGE_SUFFIXES if f"`{suffix}`" not in documented] == []
 

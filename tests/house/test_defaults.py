@@ -22,6 +22,13 @@ def test_image_exposes_the_port_that_it_serves_and_checks() -> None:
     assert len(set(ports)) == 1
 
 
+def test_compose_and_kubernetes_run_the_image_that_the_dockerfile_builds() -> None:
+    (built,) = set(re.findall(r"docker build -t (\S+) \.", (ROOT / "Dockerfile").read_text(encoding="utf-8")))
+    for name in ("compose.yaml", "kubernetes.yaml"):
+        text = (ROOT / "deploy" / name).read_text(encoding="utf-8")
+        assert re.findall(r"^ +image: (\S+)", text, re.MULTILINE) == [built], name
+
+
 def test_containers_are_given_longer_than_the_server_takes_to_drain() -> None:
     drain_s = ServerConfig().drain_delay_s + ServerConfig().drain_timeout_s
     compose = (ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8")

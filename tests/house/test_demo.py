@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def test_a_missing_result_and_a_damaged_note_are_made_anew(demo: ModuleType) -> 
 def test_port_in_use_is_passed_over(demo: ModuleType) -> None:
     first = demo.free_port()
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the demo's server
         taken.bind(("127.0.0.1", first))
         taken.listen()
         assert demo.free_port() > first
@@ -105,6 +107,35 @@ def test_server_that_does_not_start_is_explained(demo: ModuleType) -> None:
     demo.TOPFIVE.write_text('#!/bin/sh\necho "no models here"\nexit 3\n')
     with pytest.raises(demo.DemoError, match=r"status 3:\nno models here"), demo.server():
         pass
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGHUP])
+def test_told_to_end_it_takes_its_server_with_it(demo: ModuleType, signal_: signal.Signals) -> None:
+    """`demo` only for the folder; the script runs as a process, with a server that says that it is ready."""
+    server = Path("server.py")
+    server.write_text(
+        "import http.server, os, sys\n"
+        "handler = type('Ready', (http.server.BaseHTTPRequestHandler,), {'do_GET': lambda self: self.send_error(200)})\n"
+        "print(os.getpid(), flush=True)\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[-1])), handler).serve_forever()\n"
+    )
+    demo.TOPFIVE.write_text(f'#!/bin/sh\nexec {sys.executable} server.py "$@"\n')
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import demo; from pathlib import Path\n"
+        "demo.ROOT, demo.STEPS, demo.TOPFIVE = Path.cwd(), (), Path('topfive').absolute()\n"
+        "demo.say_accuracy = lambda: None\n"
+        "demo.ask = lambda address: (print('asked', flush=True), time.sleep(60))\n"
+        "sys.exit(demo.main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert "asked\n" in iter(process.stdout.readline, "")
+        process.send_signal(signal_)
+        status = process.wait(timeout=30)
+    pid = int(demo.SERVER_LOG.read_text().split()[0])
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    assert status == 128 + signal_
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ import hashlib
 import re
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
 from tests.server.fakes import make_certificate, picture
 from tests.server.harness import serving
 
+import topfive
 from topfive.errors import TopfiveError
 from topfive_server.access import CertificateError, KeyFileError, KeyRing, check_certificate
 
@@ -108,3 +110,24 @@ def test_a_connection_that_never_says_hello_is_closed_as_one_that_sends_no_heade
     tls = {"tls_certificate": certificate, "tls_key": key}
     with serving(**tls, header_timeout_s=0.2) as server, server.connect() as silent:
         assert silent.recv(1) == b""
+
+
+def test_a_certificate_that_the_client_does_not_trust_is_no_missing_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = make_certificate(tmp_path, "server", "-nodes")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with serving(tls_certificate=certificate, tls_key=key) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        waits: list[float] = []
+        monkeypatch.setattr("topfive._client.time", SimpleNamespace(sleep=waits.append))
+        with (
+            topfive.Client(url) as client,
+            pytest.raises(topfive.ApiConnectionError, match=r"not trusted.*SSL_CERT_FILE") as caught,
+        ):
+            client.models()
+        assert "topfive serve" not in str(caught.value)
+        assert waits == []  # it would be the same certificate
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with topfive.Client(url) as client:
+            assert client.models()

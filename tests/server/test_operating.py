@@ -55,6 +55,15 @@ def test_every_setting_with_its_default() -> None:
     assert documented == real
 
 
+def test_every_setting_means_what_its_help_says() -> None:
+    # docs/cli.md has the help, by a test of its own.
+    reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = reference.split("\n### topfive serve\n")[1].split("\n### ")[0]
+    helps = dict(re.findall(r"^\* `(--[a-z0-9-]+)[^`]*`: (.*?)(?: \*\[|$)", section, re.MULTILINE))
+    for flag, _, meaning in rows("Settings"):
+        assert meaning == helps[flag.strip("`")], flag
+
+
 def test_every_status() -> None:
     documented = {(int(status), code.strip("`")) for status, code, _ in rows("Statuses")}
     assert documented == {(kind.status, kind.code) for kind in all_errors()}
@@ -97,11 +106,11 @@ def test_dashboard_and_alerts_ask_only_for_metrics_that_exist(
     known = exported()
     for expression in expressions():
         names = re.findall(r"topfive_\w+", expression)
-        assert names
+        assert names or re.search(r"\bup\{", expression)  # Prometheus' own
         for name in names:
             assert re.sub(r"_(bucket|sum|count)$", "", name) in known, expression
         grouped = ",".join(re.findall(r"by \(([^)]*)\)", expression))
         selected = ",".join(re.findall(r"(\w+)(?==~?\"|!~?\")", expression))
         for label in filter(None, f"{grouped},{selected}".replace(" ", "").split(",")):
-            added = {"le", "instance"}  # by the histogram, and by Prometheus
+            added = {"le", "instance", "job"}  # by the histogram, and by Prometheus
             assert label in added or any(label in labels for labels in known.values()), expression

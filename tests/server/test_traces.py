@@ -311,13 +311,13 @@ def test_a_collector_that_is_no_use_costs_no_request(repository: Path, state: st
             collector.stalled.set()
         else:
             collector.close()
-        arguments = ("--traces", "--drain-delay-s", 0, "--drain-timeout-s", 2, "--no-log-requests")
+        arguments = ("--traces", "--drain-delay-s", 0, "--drain-timeout-s", 300, "--no-log-requests")
         with Process.running(repository, *arguments, **variables) as process:
             with ThreadPoolExecutor(4) as threads:
                 asked = [threads.submit(ask, process, "POST", "/v1/classify", picture(7)) for _ in range(60)]
                 assert {future.result()[0].status for future in asked} == {200}
-            # Within the drain time, and the exit status is that of the requests.
-            assert process.stop(timeout_s=10) == 0
+            # Soon, whatever time the requests may take, and the exit status is theirs.
+            assert process.stop(timeout_s=12) == 0
             assert process.log[-1]["message"] == "stopped"
     finally:
         if state == "stalled":

@@ -2,11 +2,12 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, CycloptsPanel, Parameter, UnknownCommandError
+from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Parameter, UnknownCommandError
 from cyclopts.config import Env, Toml
 
 from topfive._version import __version__
@@ -16,11 +17,35 @@ CONFIG_VARIABLE = "TOPFIVE_CONFIG"
 """Names the configuration file to read instead of `topfive.toml` in the current directory."""
 
 
+def _transform(name: str) -> str:
+    return name.lstrip("-").upper().replace("-", "_").replace(".", "_")
+
+
 class _Environment(Env):
-    """`TOPFIVE_<COMMAND>_<OPTION>`, with underscores for hyphens in both (cyclopts leaves the command's)."""
+    """`TOPFIVE_<COMMAND>_<OPTION>`, with underscores for hyphens in both (cyclopts leaves the command's).
+
+    A variable that begins with a command's name and names none of its options is warned of.
+    """
 
     def _prefix(self, commands: tuple[str, ...]) -> str:
         return super()._prefix(commands).replace("-", "_")
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        super().__call__(app, commands, arguments)
+        if not commands or not len(arguments):
+            return  # `TOPFIVE_` alone begins the variables of every command
+        prefix = self._prefix(commands)
+        for variable in sorted(name for name in os.environ if name.startswith(prefix)):
+            try:
+                arguments.match(variable.removeprefix(prefix), transform=_transform, delimiter="_")
+            except ValueError:
+                known = [prefix + _transform(argument.name) for argument in arguments]
+                close = difflib.get_close_matches(variable, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                print(  # noqa: T201
+                    f"topfive: {variable} in the environment names no option of topfive {' '.join(commands)}{hint}",
+                    file=sys.stderr,
+                )
 
 
 class _File(Toml):
@@ -66,7 +91,8 @@ def build_app(tokens: Sequence[str], commands: Sequence[Command]) -> App:
             if group not in app:
                 app.command(parent)
         summary = None if command.is_named_by(tokens) else command.summary
-        parent.command(command.target, name=name, help=summary, sort_key=position)
+        usage = f"Usage: topfive {command.name} {command.usage}" if command.usage else None
+        parent.command(command.target, name=name, help=summary, usage=usage, sort_key=position)
     return app
 
 

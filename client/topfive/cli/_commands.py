@@ -20,6 +20,10 @@ class Command:
     """The line that `topfive --help` shows."""
     extra: str = ""
     """The optional dependencies that it needs, or empty when the base install is enough."""
+    extra_for: str = ""
+    """What needs the extra; empty: all of it does."""
+    usage: str = ""
+    """The words after its name in the line of usage, where cyclopts would call one that may be left out `[ARGS]`."""
 
     @property
     def module(self) -> str:
@@ -56,6 +60,7 @@ COMMANDS = (
         target="topfive_training.report:report",
         summary="Write one HTML page about a training run: curves, filters, answers.",
         extra="training",
+        usage="[OPTIONS] RUN [DATA]",
     ),
     Command(
         name="demo-images",
@@ -68,6 +73,7 @@ COMMANDS = (
         target="topfive_training.importers.cli:import_torchvision",
         summary="Make a checkpoint of torchvision's published AlexNet weights.",
         extra="training",
+        usage="--out PATH [OPTIONS] [FILE]",
     ),
     Command(
         name="import caffe",
@@ -86,6 +92,7 @@ COMMANDS = (
         target="topfive_export.benchmark:benchmark",
         summary="Time every variant of a model on this machine, and say which to serve.",
         extra="server",
+        usage="[OPTIONS] [MODELS]",
     ),
     Command(
         name="serve",
@@ -103,6 +110,7 @@ COMMANDS = (
         target="topfive.cli.score:score",
         summary="Label a whole folder into a JSON lines, CSV or Parquet file.",
         extra="scoring",
+        extra_for="`--model`, a Parquet file and a folder at a URL",
     ),
     Command(
         name="load-test",

@@ -9,6 +9,12 @@ const element = (name, className, text) => {
   return node;
 };
 const headers = () => (key.value ? { "X-API-Key": key.value } : {});
+// What an answer has to do with the key, or nothing; once a key is asked for, there is a line for it.
+function keyTrouble({ status }) {
+  by("keyline").hidden = status !== 401 && !key.value;
+  if (status !== 401) return "";
+  return key.value ? "The server does not know this key." : "The server asks for an API key.";
+}
 
 function card(file) {
   const node = element("article", "card");
@@ -30,15 +36,17 @@ function bar({ label, probability }) {
   const name = element("span", "label", label);
   // <meter> cannot be styled alike in all browsers.
   const meter = element("div", "meter");
-  meter.title = String(probability);
   meter.setAttribute("role", "meter");
+  meter.setAttribute("aria-label", label);
   meter.setAttribute("aria-valuenow", String(probability));
   meter.setAttribute("aria-valuemax", "1");
   const fill = element("div");
   fill.style.width = `${100 * probability}%`;
   meter.append(fill);
-  const share = probability >= 0.0005 ? `${(100 * probability).toFixed(1)} %` : "< 0.1 %";
-  row.append(name, meter, element("span", "share", share));
+  const share = element("span", "share", probability >= 0.0005 ? `${(100 * probability).toFixed(1)} %` : "< 0.1 %");
+  share.title = String(probability);
+  meter.setAttribute("aria-valuetext", share.textContent);
+  row.append(name, meter, share);
   return row;
 }
 
@@ -50,9 +58,9 @@ async function classify({ file, answer }) {
   try {
     if (!(await readable(file))) throw new Error("this is a folder, or a file that the browser cannot read; drop the photos themselves");
     const response = await fetch("/v1/classify", { method: "POST", body: file, headers: headers() });
+    if (keyTrouble(response)) throw new Error(keyTrouble(response));
     // Not ours: a proxy's page, say.
     const body = await response.json().catch(() => ({ detail: `the answer is no JSON (status ${response.status}); is something else in front of the server?` }));
-    by("keyline").hidden = response.status !== 401 && !key.value;
     if (!response.ok || !body.images) throw new Error(body.detail);
     const list = element("ol", "bars");
     list.append(...body.images[0].top.map(bar));
@@ -66,6 +74,7 @@ async function classify({ file, answer }) {
 }
 
 async function classifyAll(files) {
+  message.textContent = files.length ? "" : "That is no photo. If it is a link to one, save the photo and drop the file.";
   const cards = files.map(card);
   results.prepend(...cards.map(({ node }) => node));
   for (const each of cards) await classify(each);
@@ -84,12 +93,13 @@ addEventListener("drop", (event) => {
   drop.classList.remove("over");
   classifyAll([...event.dataTransfer.files]);
 });
-addEventListener("paste", (event) => classifyAll([...event.clipboardData.files]));
+addEventListener("paste", (event) => { if (event.target !== key) classifyAll([...event.clipboardData.files]); });
 
 by("curl").textContent = `curl -T photo.jpg ${location.origin}/v1/classify`;
 async function describe() {
   const response = await fetch("/v1/models", { headers: headers() });
-  by("keyline").hidden = response.status !== 401 && !key.value;
+  const trouble = keyTrouble(response);
+  message.textContent = key.value ? trouble : ""; // that it asks for one, the line says
   if (!response.ok) return;
   const { models } = await response.json();
   const model = models.find((m) => m.default);
