@@ -1,8 +1,9 @@
 """What the processor can do, where that decides which graph is right for it."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 CPUINFO: Final = Path("/proc/cpuinfo")
 _INT8_DOT_PRODUCTS: Final = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
@@ -30,3 +31,10 @@ def int8_dot_products() -> bool | None:
     if not _INT8_DOT_PRODUCTS.isdisjoint([*flags, *features]):
         return True
     return False if flags else None
+
+
+def int8_saturates(report: Mapping[str, Any]) -> bool:
+    """Whether an int8 graph is computed otherwise here than where it was verified, by what its `report.json` says."""
+    made_with = report.get("made_with")
+    verified_saturating = isinstance(made_with, Mapping) and made_with.get("int8_dot_products") is False
+    return int8_dot_products() is False and not verified_saturating

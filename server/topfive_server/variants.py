@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from topfive._processor import int8_dot_products
+from topfive._processor import int8_saturates
 from topfive_server.devices import Device
 from topfive_server.repository import REPORT_FILE, GraphKind, ModelVersion, RepositoryError
 
@@ -137,7 +137,4 @@ def _kind(version: ModelVersion) -> str:
 
 
 def _saturates(version: ModelVersion) -> bool:
-    """Whether this processor computes an int8 graph otherwise than the one that it was verified on (docs/export.md)."""
-    made_with = version.report.get("made_with")
-    verified_saturating = isinstance(made_with, dict) and made_with.get("int8_dot_products") is False
-    return version.precision == "int8" and int8_dot_products() is False and not verified_saturating
+    return version.precision == "int8" and int8_saturates(version.report)

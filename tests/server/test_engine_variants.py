@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from tests.server.onnx_models import write_model
 
-from topfive_server import variants
+from topfive import _processor
 from topfive_server.devices import Device
 from topfive_server.repository import ModelVersion, Repository
 from topfive_server.variants import Chosen, choose
@@ -32,7 +32,7 @@ def add(
 
 @pytest.fixture(autouse=True)
 def processor_with_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "int8_dot_products", lambda: True)
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: True)
 
 
 @pytest.fixture(name="family")
@@ -106,21 +106,21 @@ def test_what_was_verified_goes_before_what_was_not(tmp_path: Path) -> None:
 def test_a_processor_on_which_int8_saturates_gets_fp32(
     family: list[ModelVersion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants, "int8_dot_products", lambda: False)
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: False)
     choice = choose(family, CPU).choices[0]
     assert choice.graph == "alexnet"
     assert "; int8 was passed over, which saturates on this processor" in choice.reason
     asked = choose(family, CPU, "int8").choices[0]
     assert asked.graph == "alexnet_int8"
     assert "int8 was asked for; it saturates on this processor without int8 dot products" in asked.reason
-    monkeypatch.setattr(variants, "int8_dot_products", lambda: None)
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: None)
     assert choose(family, CPU).choices[0].graph == "alexnet_int8"
 
 
 def test_int8_that_was_verified_while_it_saturated_is_as_good_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants, "int8_dot_products", lambda: False)
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: False)
     add(tmp_path, "alexnet")
     add(tmp_path, "alexnet_int8", precision="int8", dot_products=False)
     assert chosen(choose(Repository(tmp_path).read_all()[0], CPU)) == [("alexnet", "1", "alexnet_int8")]
