@@ -81,7 +81,7 @@ def given_pictures(
     if broken := [name for name, good in decodes.items() if not good]:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         say(
-            f"{len(broken)} of {len(pictures)} images in --images {folder} cannot be decoded and are left out: "
+            f"of {len(pictures)} images in --images {folder} {len(broken)} cannot be decoded and will be left out: "
             f"{', '.join(broken[:_NAMED])}{more}"
         )
     return readable

@@ -59,7 +59,7 @@ def test_given_pictures_are_labelled_by_folder_and_spread_evenly(tmp_path: Path)
     said: list[str] = []
     pictures = given_pictures(tmp_path, ["dog", "cat"], limit=100, say=said.append)
     assert said == [
-        f"1 of 15 images in --images {tmp_path} cannot be decoded and are left out: val/cat/broken.jpg"
+        f"of 15 images in --images {tmp_path} 1 cannot be decoded and will be left out: val/cat/broken.jpg"
     ]
     labels = {picture.name: picture.label for picture in pictures}
     assert labels["val/cat/0.png"] == 1

@@ -12,7 +12,15 @@ from tests.export.conftest import make_classifier
 
 from topfive.cli import main
 from topfive_export import pipeline
-from topfive_export.gate import Answered, Disagreement, accuracy, compare, enforce, enforce_accuracy
+from topfive_export.gate import (
+    Answered,
+    Disagreement,
+    accuracy,
+    answer_onnx,
+    compare,
+    enforce,
+    enforce_accuracy,
+)
 from topfive_export.graphs import ExportGraph, build_graph
 from topfive_export.pipeline import ExportConfig, run_export
 from topfive_export.variant import FP32_LIMITS, LIMITS, Graph, Limits, Precision, Variant
@@ -188,10 +196,8 @@ def test_features_have_a_limit_too(kind: tuple[Graph, Precision]) -> None:
 def test_features_that_are_not_the_networks_are_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.answer_onnx
-
     def without_features(session: Any, images_MHWC: Any, batch_size: int) -> Answered:
-        answer = real(session, images_MHWC, batch_size)
+        answer = answer_onnx(session, images_MHWC, batch_size)
         return Answered(answer.scores_MK, answer.features_MF * 0)
 
     monkeypatch.setattr(pipeline, "answer_onnx", without_features)
@@ -203,10 +209,10 @@ def test_features_that_are_not_the_networks_are_refused(
 def test_a_network_that_is_too_large_for_fp16_is_told_so(tmp_path: Path) -> None:
     classifier = make_classifier()
     with torch.no_grad():
-        # What the convolutions give is beyond 65,504; the scores are as they were.
-        classifier.network.fc6.weight *= 1e6
-        classifier.network.fc6.bias *= 1e6
-        classifier.network.fc7.weight /= 1e6
+        # What the first dense layer gives is beyond 65,504; the scores are as they were.
+        classifier.network.fc6.weight.mul_(1e6)
+        classifier.network.fc6.bias.mul_(1e6)
+        classifier.network.fc7.weight.div_(1e6)
     save_model(tmp_path / "run", classifier)
     config = ExportConfig(run=tmp_path / "run", out=tmp_path / "models", precision="fp16", target="cuda")
     with pytest.raises(Disagreement, match=r"not finite numbers: fp16 ends at 65,504, .*; export it in fp32"):
