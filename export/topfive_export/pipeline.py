@@ -125,7 +125,9 @@ def run_export(config: ExportConfig, *, say: Callable[[str], None] = lambda _: N
             say(f"{name}: exporting")
             try:
                 report = _export_one(
-                    *(classifier, variant, folder),
+                    classifier,
+                    variant,
+                    folder,
                     spec=spec,
                     family=config.name,
                     pictures=pictures,

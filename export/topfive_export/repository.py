@@ -118,7 +118,7 @@ def choose_version(
         if version in taken:
             raise ExportError(
                 f"version {version} of {wanted[-1].model_name(family)} exists in {out}; it is never overwritten: "
-                "leave --version out for the next free number, or delete it yourself"
+                "say another --version, or remove it yourself"
             )
         if owners.get(version, checkpoint_sha256) != checkpoint_sha256:
             raise ExportError(

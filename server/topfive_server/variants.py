@@ -125,7 +125,9 @@ def _why_none(name: str, group: Sequence[ModelVersion], device: Device, wanted: 
     what, way_out = "graph", f"export one with --target {device.kind}"
     if wanted != "auto":
         what = f"{wanted} graph"
-        way_out = f"export one with --precision {wanted}, serve with --variant auto"
+        way_out = "serve with --variant auto"
+        if any(kind.startswith(wanted) for kind in _ORDER[device.kind]):
+            way_out = f"export one with --precision {wanted}, {way_out}"
     return (
         f"{name} version {group[0].version} has no {what} for {device} that passed its limits; it has {there}; "
         f"{way_out}, or remove that version's folders"
