@@ -33,7 +33,6 @@ from topfive_server.devices import Device, cores, resolve, resolve_all
 from topfive_server.onnx_engine import OnnxEngine
 from topfive_server.repository import GraphKind, ModelVersion, Repository
 from topfive_server.session import RuntimeOptions
-from topfive_server.variants import precision
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -74,7 +73,7 @@ def settings(models: Path, device: Device, batches: Sequence[int], *, tensorrt: 
     return [
         Setting(name=f"{model.name} {way}".strip(), model=model, options=options)
         for model in newest.values()
-        if precision(model) not in unsuited
+        if model.precision not in unsuited
         for way, options in ways.items()
     ]
 

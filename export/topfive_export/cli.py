@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from topfive_export.pipeline import ExportConfig, run_export
-from topfive_export.variant import Precision, Target
+from topfive_export.variant import Precision, Target, Views
 
 
 def export(
@@ -17,7 +17,7 @@ def export(
     max_images: int = 256,
     precision: Precision = "fp32",
     target: Target = "cpu",
-    views: int = 1,
+    views: Views = 1,
 ) -> None:
     """Turn a checkpoint into a verified model repository that `topfive serve` and Triton load.
 

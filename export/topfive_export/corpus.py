@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from topfive._folders import IMAGE_SUFFIXES, files_below, has_image_name
 from topfive.model_spec import Preprocessing
 from topfive.preprocessing import ImageError, decode
 from topfive_export.variant import ExportError
+
+_NAMED: Final = 5
+"""Most files that a message names."""
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -42,10 +45,13 @@ class Picture:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def given_pictures(folder: Path, labels: Sequence[str], *, limit: int) -> list[Picture]:
+def given_pictures(
+    folder: Path, labels: Sequence[str], *, limit: int, say: Callable[[str], None] = lambda _: None
+) -> list[Picture]:
     """Images below `folder`, at most `limit`, spread evenly over them in the order of their names.
 
-    A picture is labelled where one of the folders that it lies in is named as a class is.
+    A picture is labelled where one of the folders that it lies in is named as a class is. `say` gets a line about those
+    that do not decode.
 
     Raises:
         ExportError: no such folder, or no image that decodes in it.
@@ -64,9 +70,16 @@ def given_pictures(folder: Path, labels: Sequence[str], *, limit: int) -> list[P
         folders = [folder.name, *name.parts[:-1]]
         label = next((classes[part] for part in reversed(folders) if part in classes), None)
         pictures.append(Picture(name=name.as_posix(), data=path.read_bytes(), label=label))
-    readable = [picture for picture in pictures if _decodes(picture.data)]
+    decodes = {picture.name: _decodes(picture.data) for picture in pictures}
+    readable = [picture for picture in pictures if decodes[picture.name]]
     if not readable:
         raise ExportError(f"none of the {len(pictures)} images in --images {folder} can be decoded")
+    if broken := [name for name, good in decodes.items() if not good]:
+        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        say(
+            f"of {len(pictures)} images in --images {folder} {len(broken)} cannot be decoded and will be left out: "
+            f"{', '.join(broken[:_NAMED])}{more}"
+        )
     return readable
 
 

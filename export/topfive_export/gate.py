@@ -34,6 +34,10 @@ class Disagreement(ExportError):  # noqa: N818  it is one, whoever is to blame
     """The graph's answers are not the network's."""
 
 
+class NotFinite(Disagreement):
+    """Some of its answers are no numbers at all."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
     """How a graph's answers compare with the reference's, over all images and batch sizes."""
@@ -93,6 +97,7 @@ def answer_onnx(
 
     Raises:
         Disagreement: an output of another type or shape, or top answers that are not the highest scores.
+        NotFinite: an infinite score or feature, or one that is not a number.
     """
     scores, features = [], []
     for start in range(0, len(images_MHWC), batch_size):
@@ -116,7 +121,9 @@ def _see_consistent(outputs: Sequence[NDArray[Any]], count: int) -> None:
         or len(features_BF) != count
     ):
         raise Disagreement(f"{count} images gave outputs of shapes {[output.shape for output in outputs]}")
-    if not np.isfinite(scores_BK).all() or not np.allclose(scores_BK.sum(axis=1), 1, atol=1e-3):
+    if not (np.isfinite(scores_BK).all() and np.isfinite(features_BF).all()):
+        raise NotFinite("some scores or features of the exported graph are not finite numbers")
+    if not np.allclose(scores_BK.sum(axis=1), 1, atol=1e-3):
         raise Disagreement("the scores are not probabilities that add up to one")
     highest_BT = -np.sort(-scores_BK, axis=1)[:, :top]
     told_BT = np.take_along_axis(scores_BK, classes_BT, axis=1)
@@ -147,13 +154,12 @@ def compare(
     relative_M = np.zeros(len(names))
     scale = float(np.abs(reference.features_MF).max()) or 1.0
     for answer in answers:
-        if answer.scores_MK.shape != reference.scores_MK.shape:
-            raise Disagreement(
-                f"the scores are {answer.scores_MK.shape}; the network's are {reference.scores_MK.shape}"
-            )
-        difference = max(difference, float(np.abs(answer.scores_MK - reference.scores_MK).max()))
-        features_difference = max(
-            features_difference, float(np.abs(answer.features_MF - reference.features_MF).max()) / scale
+        for what, given, wanted in zip(("scores", "features"), answer, reference, strict=True):
+            if given.shape != wanted.shape:
+                raise Disagreement(f"the {what} are {given.shape}; the network's are {wanted.shape}")
+        difference = _larger(difference, answer.scores_MK - reference.scores_MK)
+        features_difference = _larger(
+            features_difference, (answer.features_MF - reference.features_MF) / scale
         )
         actual_MK = _logarithms(answer.scores_MK)
         off_M = np.sqrt(np.mean((actual_MK - expected_MK) ** 2, axis=1)) / spread
@@ -192,6 +198,11 @@ def enforce(comparison: Comparison, limits: Limits, what: str) -> None:
     limit = limits.probability_difference
     if limit is not None and not comparison.probability_difference <= limit:
         wrong.append(f"a probability differs by {comparison.probability_difference:.2g} (limit {limit:g})")
+    if not comparison.features_difference <= limits.features_difference:
+        wrong.append(
+            f"a feature differs by {comparison.features_difference:.2g} of the largest "
+            f"(limit {limits.features_difference:g})"
+        )
     if not comparison.relative_difference <= limits.relative_difference:
         wrong.append(
             f"the answers differ by {comparison.relative_difference:.2g} of what they vary by between images "
@@ -250,6 +261,11 @@ def enforce_accuracy(reference: Accuracy | None, actual: Accuracy | None, limits
                 f"{what} is right ({name}) on {after:.1%} of {actual.images} labelled images, the trained network on "
                 f"{before:.1%}; it may lose {limits.accuracy_drop:.1%}"
             )
+
+
+def _larger(so_far: float, differences: NDArray[np.float32]) -> float:
+    """The largest of them all; NaN where one is (Python's `max` would pass over it)."""
+    return float(np.maximum(so_far, np.abs(differences).max()))
 
 
 def _logarithms(scores_MK: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,6 +1,5 @@
 """A torch module becomes an ONNX file: traced, stripped of everything that tells of the machine, checked, written."""
 
-import hashlib
 import logging
 import os
 import sys
@@ -175,9 +174,3 @@ def load(path: Path, *, threads: int = 0, providers: list[str] | None = None) ->
         raise ExportError(
             f"ONNX Runtime {onnxruntime.__version__} does not load the exported file: {error}"
         ) from error
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,6 +23,8 @@ from topfive_export.gate import (
     BATCH_SIZES,
     Answered,
     Comparison,
+    Disagreement,
+    NotFinite,
     accuracy,
     answer_onnx,
     answer_torch,
@@ -42,10 +44,11 @@ from topfive_export.repository import (
     check_name,
     choose_version,
     config_text,
+    sha256,
     staged,
 )
 from topfive_export.timing import latencies_ms, machine
-from topfive_export.variant import ExportError, Limits, Precision, Target, Variant
+from topfive_export.variant import ExportError, Limits, OptionError, Precision, Target, Variant, Views
 from topfive_training.checkpoint import WEIGHTS_FILE, Classifier, load_model
 
 WHOLE_BATCHES: Final = (1, 3)
@@ -70,20 +73,19 @@ class ExportConfig:
     """How many of them at most."""
     precision: Precision = "fp32"
     target: Target = "cpu"
-    views: int = 1
+    views: Views = 1
 
     def __post_init__(self) -> None:
         """Reject nonsense, naming the field."""
         check_name(self.name)
-        if self.views not in {1, 10}:
-            raise ExportError(f"--views is {self.views}; it must be 1 or 10")
+        if self.version is not None and self.version < 1:
+            raise OptionError(f"--version is {self.version}; it must be a whole number from 1 on")
         if not 1 <= self.max_images <= 100_000:
-            raise ExportError(f"--max-images is {self.max_images}; it must be between 1 and 100,000")
+            raise OptionError(f"--max-images is {self.max_images}; it must be between 1 and 100,000")
 
     def variants(self) -> tuple[Variant, ...]:
         """What is published together, the one to be served last: plain fp32 brings its whole graph along."""
-        views = 10 if self.views == 10 else 1
-        variant = Variant(precision=self.precision, target=self.target, views=views)  # type: ignore[arg-type]
+        variant = Variant(precision=self.precision, target=self.target, views=self.views)
         return (Variant(graph="image"), variant) if variant == Variant() else (variant,)
 
 
@@ -113,19 +115,27 @@ def run_export(config: ExportConfig, *, say: Callable[[str], None] = lambda _: N
     for variant in variants:
         name = variant.model_name(config.name)
         check_compatible(config.out / name, spec.labels, interface(classifier, variant))
-    pictures = drawn_pictures()
-    if config.images is not None:
-        pictures += given_pictures(config.images, spec.labels, limit=config.max_images)
-    say(f"verifying on {len(pictures)} images ({sum(not p.drawn for p in pictures)} given, the others drawn)")
+    # The repository first: whether it can be written is known at once, the rest takes a while.
     with staged(config.out) as staging:
+        calibration, pictures = _corpus(config, spec.labels, say)
         reports = []
         for variant in variants:
             name = variant.model_name(config.name)
             folder = staging.version(name, number)
             say(f"{name}: exporting")
-            report = _export_one(
-                classifier, variant, folder, spec=spec, family=config.name, pictures=pictures, say=say
-            )
+            try:
+                report = _export_one(
+                    classifier,
+                    variant,
+                    folder,
+                    spec=spec,
+                    family=config.name,
+                    pictures=pictures,
+                    calibration=calibration,
+                    say=say,
+                )
+            except Disagreement as error:
+                raise Disagreement(f"{config.run}: {error}") from error
             report["checkpoint"] = {"sha256": identity}
             report["version"] = number
             say(f"{name}: {_summary(report)}")
@@ -146,13 +156,13 @@ def _export_one(
     spec: ModelSpec,
     family: str,
     pictures: Sequence[Picture],
+    calibration: Sequence[Picture],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     side = input_side(spec, variant)
     model = onnx_file.trace(build_graph(classifier, variant), variant=variant, side=side)
     quantization: dict[str, Any] = {}
     if variant.precision == "int8":
-        calibration, pictures = _split(pictures)
         model, quantization = _quantized(model, classifier, variant, calibration, say)
     onnx_file.finish(model, spec=spec, variant=variant, family=family)
     path = onnx_file.write(model, folder)
@@ -167,7 +177,7 @@ def _export_one(
         "interface": interface(classifier, variant).as_json(),
         "multiply_adds": multiply_adds(classifier, views=variant.views),
         "file": {
-            "sha256": onnx_file.sha256(path),
+            "sha256": sha256(path),
             "bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "opset": onnx_file.OPSET,
         },
@@ -184,20 +194,30 @@ def _export_one(
     }
 
 
-def _split(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
-    """Given pictures to calibrate on, and others to measure on: every other one each, by name.
+def _corpus(
+    config: ExportConfig, labels: Sequence[str], say: Callable[[str], None]
+) -> tuple[list[Picture], list[Picture]]:
+    """Pictures to calibrate int8 on, and those to measure on.
 
-    Drawn ones serve neither: an int8 graph is made for what it was calibrated on.
+    int8 calibrates on every other one of those given, by name, and is measured on the rest. Drawn ones serve neither: an
+    int8 graph is made for what it was calibrated on.
 
     Raises:
-        ExportError: too few were given.
+        ExportError: none can be read, or too few were given.
     """
-    given = [picture for picture in pictures if not picture.drawn]
+    given = []
+    if config.images is not None:
+        given = given_pictures(config.images, labels, limit=config.max_images, say=say)
+    if config.precision != "int8":
+        drawn = drawn_pictures()
+        say(f"verifying on {len(drawn) + len(given)} images ({len(given)} given, the others drawn)")
+        return [], drawn + given
     if len(given) < MINIMUM_IMAGES:
         raise ExportError(
             f"int8 needs at least {MINIMUM_IMAGES} photographs of the kind it will see, half to calibrate on and half to "
             f"measure on; {len(given)} were given (--images FOLDER)"
         )
+    say(f"calibrating on {len(given[::2])} images, verifying on {len(given[1::2])} others")
     return given[::2], given[1::2]
 
 
@@ -211,7 +231,8 @@ def _quantized(
     """The int8 model, and what the report says of it."""
     images_MHWC = decoded(calibration, classifier.spec.preprocessing, input_side(classifier.spec, variant))
     reference = answer_torch(classifier, images_MHWC, views=variant.views)
-    quantized = quantize(model, images_MHWC, reference, variant.limits, say=say)
+    names = [picture.name for picture in calibration]
+    quantized = quantize(model, images_MHWC, reference, variant.limits, names=names, say=say)
     return quantized.model, {
         "quantization": {
             **dataclasses.asdict(quantized.scheme),
@@ -231,7 +252,14 @@ def _verify_hot(
     side = input_side(classifier.spec, variant)
     images_MHWC = decoded(pictures, classifier.spec.preprocessing, side)
     reference = answer_torch(classifier, images_MHWC, views=variant.views)
-    answers = {size: answer_onnx(session, images_MHWC, size) for size in BATCH_SIZES}
+    try:
+        answers = {size: answer_onnx(session, images_MHWC, size) for size in BATCH_SIZES}
+    except NotFinite as error:
+        if variant.precision == "fp16":
+            raise NotFinite(
+                f"{error}: fp16 ends at 65,504, and something within this network is larger; export it in fp32"
+            ) from error
+        raise
     return _judge(session.get_providers()[0], variant, pictures, reference, answers)
 
 
@@ -320,7 +348,7 @@ def checkpoint_sha256(weights: Path, spec: ModelSpec) -> str:
     record = dataclasses.asdict(spec)
     decisive = {key: record[key] for key in ("architecture", "preprocessing", "labels")}
     text = json.dumps(decisive, sort_keys=True)
-    return hashlib.sha256(f"{onnx_file.sha256(weights)}\n{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{sha256(weights)}\n{text}".encode()).hexdigest()
 
 
 def _without_paths(spec: ModelSpec) -> ModelSpec:

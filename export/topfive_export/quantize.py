@@ -96,6 +96,7 @@ def quantize(
     reference: Answered,
     limits: Limits,
     *,
+    names: Sequence[str] = (),
     candidates: Sequence[Scheme] = CANDIDATES,
     say: Callable[[str], None] = lambda _: None,
 ) -> Quantized:
@@ -106,6 +107,7 @@ def quantize(
         images_MHWC: calibration images, uint8 [M, H, W, C].
         reference: what the network answers to them.
         limits: decide whether layers have to be skipped; the final verdict is not given here.
+        names: of the images, for messages; by default their numbers.
         candidates: ways of finding ranges.
         say: gets a line for every scheme tried.
 
@@ -113,7 +115,7 @@ def quantize(
         ExportError: beyond the limits even with `MAX_SKIPPED` layers left in fp32.
     """
     activate_before_pools(model)
-    names = [f"calibration image {index}" for index in range(len(images_MHWC))]
+    names = names or [f"calibration image {index}" for index in range(len(images_MHWC))]
     tried: dict[str, float] = {}
 
     with tempfile.TemporaryDirectory(prefix="topfive-int8-") as scratch:
@@ -167,6 +169,7 @@ def _beyond(comparison: Comparison, limits: Limits) -> str:
         limits,
         probability_difference=None if probability is None else 0.8 * probability,
         relative_difference=0.8 * limits.relative_difference,
+        features_difference=0.8 * limits.features_difference,
     )
     try:
         enforce(comparison, stricter, "it")

@@ -3,6 +3,7 @@
 Imports neither torch nor onnx: whoever only reads a repository needs neither.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from topfive_export.variant import ExportError, Precision, Target, Variant
+from topfive_export.variant import ExportError, OptionError, Precision, Target, Variant
 
 CONFIG_FILE: Final = "config.pbtxt"
 LABELS_FILE: Final = "labels.txt"
@@ -49,11 +50,11 @@ def check_name(name: str) -> str:
     """A model's name, if it can be a folder and part of an address.
 
     Raises:
-        ExportError: it cannot.
+        OptionError: it cannot.
     """
     allowed = name.isascii() and name.replace("-", "").replace("_", "").replace(".", "").isalnum()
     if not allowed or not name[0].isalnum() or len(name) > MAX_NAME:
-        raise ExportError(
+        raise OptionError(
             f"--name is {name!r}; it must be ASCII letters, digits, '-', '_' and '.', begin with a letter or digit, and "
             f"have at most {MAX_NAME} characters"
         )
@@ -79,6 +80,12 @@ def versions(model: Path) -> list[int]:
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.name[0] != "0")
 
 
+def sha256(path: Path) -> str:
+    """Hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_report(version: Path) -> dict[str, Any]:
     """`report.json` of one version; empty where there is none or it is not one of ours."""
     try:
@@ -94,10 +101,11 @@ def choose_version(
     """The number under which `wanted` are published together.
 
     One number means one set of weights in all variants of a family: variants of a checkpoint that is there already
-    join it under its number; anything else gets the next number that the whole family has free.
+    join it under its number; another checkpoint gets the next number that the whole family has free. A variant that is
+    there already gets none by itself: it would be the newest version, and alone in it.
 
     Raises:
-        ExportError: `version` is taken, or belongs to other weights.
+        ExportError: `version` is taken, or belongs to other weights; without it, the variant is there already.
     """
     names = {variant.model_name(family) for variant in all_variants()}
     owners = {
@@ -107,12 +115,10 @@ def choose_version(
     }
     taken = {number for variant in wanted for number in versions(out / variant.model_name(family))}
     if version is not None:
-        if version < 1:
-            raise ExportError(f"--version is {version}; it must be a whole number from 1 on")
         if version in taken:
             raise ExportError(
                 f"version {version} of {wanted[-1].model_name(family)} exists in {out}; it is never overwritten: "
-                "leave --version out for the next free number, or delete it yourself"
+                "say another --version, or remove it yourself"
             )
         if owners.get(version, checkpoint_sha256) != checkpoint_sha256:
             raise ExportError(
@@ -120,8 +126,23 @@ def choose_version(
                 "of weights in all variants: leave --version out for the next free number"
             )
         return version
-    joinable = [n for n, owner in owners.items() if owner == checkpoint_sha256 and n not in taken]
-    return max(joinable, default=max(owners, default=0) + 1)
+    free = max(owners, default=0) + 1
+    own = {number for number, owner in owners.items() if owner == checkpoint_sha256}
+    if own and own <= taken:
+        number = max(own)
+        folders = [out / variant.model_name(family) for variant in wanted]
+        # A folder without versions would be no model of ours.
+        ways = [
+            str(folder if versions(folder) == [number] else folder / str(number))
+            for folder in folders
+            if number in versions(folder)
+        ]
+        raise ExportError(
+            f"{wanted[-1].model_name(family)} in {out} holds these weights already, as version {number}: to make it anew, "
+            f"remove {' and '.join(ways)} first; to publish them once more under a new number, say --version {free}, and "
+            "export their other variants again, too"
+        )
+    return max(own - taken, default=free)
 
 
 def check_compatible(model: Path, labels: Sequence[str], interface: Interface) -> None:

@@ -3,11 +3,12 @@
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnxruntime
+
+from topfive._processor import cpuinfo, int8_dot_products
 
 LATENCY_BATCHES: Final = (1, 4, 16)
 """Batch sizes that every report times."""
@@ -38,28 +39,9 @@ def latencies_ms(
 def machine() -> dict[str, Any]:
     """What was timed on: no names or paths of it, only its kind."""
     return {
-        "processor": _processor(),
+        "processor": cpuinfo("model name") or platform.processor(),
         "architecture": platform.machine(),
-        "int8_dot_products": _int8_dot_products(),
+        "int8_dot_products": int8_dot_products(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
     }
-
-
-def _cpuinfo(key: str) -> str:
-    """First value of `key` in Linux's description of the processor; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor()
-
-
-def _int8_dot_products() -> bool:
-    """Whether the processor adds products of uint8 and int8 without saturating: int8 graphs are exact only there."""
-    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
-    return not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}.isdisjoint(flags)

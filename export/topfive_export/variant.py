@@ -7,6 +7,7 @@ from topfive.errors import TopfiveError
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 Target: TypeAlias = Literal["cpu", "cuda"]
+Views: TypeAlias = Literal[1, 10]
 Graph: TypeAlias = Literal["hot", "image"]
 
 
@@ -14,8 +15,8 @@ class ExportError(TopfiveError):
     """An export that cannot be done or must not be published."""
 
 
-class UnsupportedVariantError(ExportError):
-    """A combination of options that makes no sense."""
+class OptionError(ExportError):
+    """An option's value that is not allowed, or a combination of options that makes no sense."""
 
     exit_code: ClassVar[int] = 2
 
@@ -33,6 +34,8 @@ class Limits:
     relative_difference: float
     """Difference of the log-probabilities as a share of what they vary by from image to image (root mean square over
     classes), on the worst image. It measures a network that is unsure of everything as strictly as a sure one."""
+    features_difference: float
+    """Largest difference of a feature, as a share of the largest feature."""
     top1_agreement: float
     """Share of images with the same first answer, among the decided ones if `near_ties_excused`, else among all."""
     top5_agreement: float
@@ -47,6 +50,7 @@ LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
     ("hot", "fp32"): Limits(
         probability_difference=1e-4,
         relative_difference=0.001,
+        features_difference=1e-4,
         top1_agreement=1.0,
         top5_agreement=1.0,
         near_ties_excused=True,
@@ -56,6 +60,7 @@ LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
     ("image", "fp32"): Limits(
         probability_difference=0.02,
         relative_difference=0.05,
+        features_difference=0.02,
         top1_agreement=1.0,
         top5_agreement=1.0,
         near_ties_excused=True,
@@ -64,6 +69,7 @@ LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
     ("hot", "fp16"): Limits(
         probability_difference=0.02,
         relative_difference=0.05,
+        features_difference=0.02,
         top1_agreement=1.0,
         top5_agreement=1.0,
         near_ties_excused=True,
@@ -74,6 +80,7 @@ LIMITS: Final[dict[tuple[Graph, Precision], Limits]] = {
     ("hot", "int8"): Limits(
         probability_difference=0.1,
         relative_difference=1.0,
+        features_difference=0.4,
         top1_agreement=0.95,
         top5_agreement=0.75,
         near_ties_excused=False,
@@ -93,24 +100,22 @@ class Variant:
     precision: Precision = "fp32"
     target: Target = "cpu"
     """`cpu`: response norm as a banded convolution; `cuda`: as the operator that has a kernel there."""
-    views: Literal[1, 10] = 1
+    views: Views = 1
     """Views of an image that are averaged: the central one, or corners, centre and their mirror images."""
 
     def __post_init__(self) -> None:
         """Reject what would be slower than its plainer sibling or cannot be verified."""
         if self.precision == "fp16" and self.target == "cpu":
-            raise UnsupportedVariantError(
+            raise OptionError(
                 "precision fp16 is for --target cuda: processors compute in fp32 and would only convert back and forth"
             )
         if self.precision == "int8" and self.target == "cuda":
-            raise UnsupportedVariantError(
+            raise OptionError(
                 "precision int8 is for --target cpu: ONNX Runtime's CUDA provider has no int8 convolutions and would "
                 "copy every layer to the processor; use fp16 there"
             )
         if self.graph == "image" and (self.precision != "fp32" or self.target != "cpu" or self.views != 1):
-            raise UnsupportedVariantError(
-                "the whole graph (with resize and crop inside) exists in fp32, one view, only"
-            )
+            raise OptionError("the whole graph (with resize and crop inside) exists in fp32, one view, only")
 
     def model_name(self, family: str) -> str:
         """The folder in the repository, e.g. `alexnet`, `alexnet_image`, `alexnet_int8`, `alexnet_views10_fp16`."""

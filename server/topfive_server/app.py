@@ -335,6 +335,9 @@ def describe(models: Models, model: Any) -> MutableMapping[str, Any]:
         "max_batch": model.batcher.max_batch,
         "provider": info.provider,
         "device": info.device,
+        "graph": info.graph,
+        "precision": info.precision,
+        "verified": info.verified,
         "fingerprint": info.fingerprint,
         "labels_url": f"/v1/models/{info.name}/labels?version={info.version}",
     }

@@ -105,7 +105,7 @@ async def run(
             config,
             on_listening=lambda: log.info("serving", extra={"url": url, "model": models.default_name()}),
         )
-        for version in await offer.start(loader.load, models.names):
+        for version in await offer.start(loader.load):
             reloader.adopt(version)
         if config.watch:
             watch = asyncio.create_task(reloader.watch(config.watch_interval_s))

@@ -70,10 +70,9 @@ class WorkerProcess:
         Raises:
             EngineError: it cannot.
         """
-        graph = version.path.parent.parent.name
         try:
             fingerprint: str = await self.channel.ask(
-                "prepare", name=version.name, version=version.version, graph=graph
+                "prepare", name=version.name, version=version.version, graph=version.graph
             )
         except ChannelError as error:
             raise EngineError(f"worker {self.number}: {error}") from error

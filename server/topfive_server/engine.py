@@ -40,6 +40,12 @@ class EngineInfo:
     """Batch sizes the device really runs, ascending (a batch is padded up to the next); empty: any size."""
     fingerprint: str
     """`ModelVersion.fingerprint`: SHA-256 of the model's files and its preprocessing."""
+    graph: str = ""
+    """Folder of the graph that computes, e.g. `alexnet_int8`."""
+    precision: str = "fp32"
+    """`fp32`, `fp16` or `int8`."""
+    verified: bool = False
+    """Whether the export's report vouches for this very file."""
     parallel: int = 1
     """Batches that it computes at the same time: 1 for one device, more for a fleet."""
     takes_turns: bool = False

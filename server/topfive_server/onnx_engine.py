@@ -62,7 +62,7 @@ class OnnxEngine:
     Raises:
         DeviceError: the device cannot run the model.
         EngineError: ONNX Runtime cannot load the file.
-        BrokenModelError: the file has gone.
+        BrokenModelError: the file has gone, or is not the one that its report is about.
     """
 
     def __init__(self, model: ModelVersion, device: Device, options: RuntimeOptions | None = None) -> None:
@@ -88,6 +88,9 @@ class OnnxEngine:
             max_batch=max_batch,
             buckets=make_buckets(max_batch) if device.kind == "cuda" else (),
             fingerprint=fingerprint.result(),
+            graph=model.graph,
+            precision=model.precision,
+            verified=model.verified,
             # With cores to spare, decoding has those.
             takes_turns=device.kind == "cpu" and (options.threads or cores()) >= cores(),
         )

@@ -38,6 +38,9 @@ _MODEL: Final = _object(
     max_batch={**_COUNT, "description": "Images that are computed at once at most."},
     provider=_STRING,
     device=_STRING,
+    graph={**_STRING, "description": "Folder of the graph that answers, one of its family."},
+    precision={**_STRING, "description": "`fp32`, `fp16` or `int8`."},
+    verified={**_FLAG, "description": "Whether the export's report vouches for this very file."},
     fingerprint={
         **_STRING,
         "description": "SHA-256 of the model's files and its preprocessing, in hexadecimal.",

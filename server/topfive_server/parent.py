@@ -141,7 +141,7 @@ class Parent:
         try:
             # All at once: importing is most of it.
             await wait_for_all(self._open(share) for share in self._shares)
-            for version in await self._offer.start(self._everywhere.load, self._everywhere.versions.names):
+            for version in await self._offer.start(self._everywhere.load):
                 self._everywhere.reloader.adopt(version)
             await wait_for_all(self._let_serve(worker) for worker in self._workers.values())
         except ChannelError as error:

@@ -96,7 +96,13 @@ def find(repository: Repository, device: Device, wanted: Wanted) -> Found:
     choices, refused = choose(good, device, wanted)
     offered = {(choice.version.name, choice.version.version) for choice in choices}
     # A broken variant beside a whole one of the same version matters only to whoever looks at the log.
-    refused += [Refused(e.name, e.version, str(e)) for e in broken if (e.name, e.version) not in offered]
+    refused += [
+        Refused(
+            e.name, e.version, f"{e}; or remove {repository.root / e.name / e.version} to serve without it"
+        )
+        for e in broken
+        if (e.name, e.version) not in offered
+    ]
     return Found(choices, refused)
 
 

@@ -90,13 +90,37 @@ class ModelVersion:
             GraphKind.WHOLE: None,
         }[self.kind]
 
+    @property
+    def graph(self) -> str:
+        """Folder of the graph in the repository, e.g. `alexnet_int8`, where `name` is its family's."""
+        return self.path.parent.parent.name
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, `fp16` or `int8`, as its report says; `fp32` where it says nothing."""
+        return str(self.variant.get("precision", "fp32"))
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """The report's `variant`; empty where there is none."""
+        return _part(self.report, "variant")
+
+    @property
+    def verified(self) -> bool:
+        """Whether its report says that export verified it, and which file that was (`fingerprint` compares)."""
+        return self.report.get("passed") is True and isinstance(self._verified_sha256, str)
+
+    @property
+    def _verified_sha256(self) -> Any:
+        return _part(self.report, "file").get("sha256")
+
     def fingerprint(self) -> str:
         """SHA-256 of the model's files and its preprocessing: equal fingerprints give equal answers.
 
         Reads all of them, which takes half a second for 244 MB, unless they were read before and have not changed.
 
         Raises:
-            BrokenModelError: a file cannot be read.
+            BrokenModelError: a file cannot be read, or the graph is not the one that its report is about.
         """
         try:
             return self._hash()
@@ -108,9 +132,20 @@ class ModelVersion:
         # External weights, where there are any, lie beside the graph.
         for path in sorted(p for p in self.path.parent.iterdir() if p.is_file() and p.name != REPORT_FILE):
             stat = path.stat()
+            content = _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            if path == self.path and self._verified_sha256 not in {None, content.hex()}:
+                raise BrokenModelError(
+                    f"{path} is not the file that its {REPORT_FILE} is about (another SHA-256), so nothing has been "
+                    f"verified of it; copy or export it again, or remove {REPORT_FILE} to have it served unverified"
+                )
             digest.update(f"\0{path.name}\0".encode())
-            digest.update(_sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+            digest.update(content)
         return digest.hexdigest()
+
+
+def _part(report: dict[str, Any], key: str) -> dict[str, Any]:
+    part = report.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -106,16 +106,15 @@ class Offer:
         self._variant = variant
         self._config = config
 
-    async def start(
-        self, load: Callable[[ModelVersion], Awaitable[object]], names: Callable[[], Iterable[str]]
-    ) -> list[ModelVersion]:
-        """Load the newest versions of every model with `load`; `names` are then those in service.
+    async def start(self, load: Callable[[ModelVersion], Awaitable[object]]) -> list[ModelVersion]:
+        """Load the newest versions of every model with `load`.
 
         Raises:
-            StartError: nothing can be served, or the newest version of a model is broken.
+            StartError: nothing can be served, the default model is not there, or the newest version of one is broken.
         """
         try:
             wanted = await asyncio.to_thread(self.wanted)
+            self._see_default({choice.version.name for choice in wanted})
             for choice in wanted:
                 await load(choice.version)
                 log.info(
@@ -124,13 +123,14 @@ class Offer:
                 )
         except (RepositoryError, DeviceError, EngineError, RequestError) as error:
             raise StartError(str(error)) from error
-        served = sorted(set(names()))
-        name = self._config.model or served[0]
-        if name not in served:
-            raise StartError(
-                f"there is no model {name!r} in {self._repository.root}; it holds {', '.join(served)}"
-            )
         return [choice.version for choice in wanted]
+
+    def _see_default(self, offered: set[str]) -> None:
+        if self._config.model and self._config.model not in offered:
+            raise StartError(
+                f"there is no model {self._config.model!r} in {self._repository.root}; "
+                f"it holds {', '.join(sorted(offered))}"
+            )
 
     def find(self) -> Found:
         """What the folder offers now.
@@ -187,6 +187,7 @@ class Loader:
 
         Raises:
             EngineError, DeviceError, RequestError: it does not work.
+            BrokenModelError: its file is not the one that was verified.
         """
         self.install(await self.prepare(version))
 
@@ -195,6 +196,7 @@ class Loader:
 
         Raises:
             EngineError, DeviceError, RequestError: it does not work.
+            BrokenModelError: its file is not the one that was verified.
         """
         started = monotonic()
         assert version.input_side is not None  # noqa: S101  `wanted` leaves out graphs that take any size

@@ -18,7 +18,7 @@ from topfive_server import tensorrt
 from topfive_server.devices import CPU_PROVIDER, Device, DeviceError, cores
 from topfive_server.engine import EngineDead, EngineError, EngineOutOfMemory
 from topfive_server.repository import ModelVersion
-from topfive_server.variants import Wanted, precision
+from topfive_server.variants import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _tensorrt(
         device,
         side=model.input_side,
         max_batch=options.batch_limit(device),
-        fp16=precision(model) == "fp16",
+        fp16=model.precision == "fp16",
         cache=cache,
     )
     return [(tensorrt.PROVIDER, settings)]

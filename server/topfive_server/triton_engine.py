@@ -117,7 +117,7 @@ class TritonEngine:
         if side is None:
             raise EngineError(f"model {version.name} takes images of any size; an engine needs fixed squares")
         # The folder: a family's name is known to our clients, not to Triton.
-        model = version.path.parent.parent.name
+        model = version.graph
         endpoints = [_Endpoint(address) for address in options.endpoints]
         try:
             max_batch = await _survey(endpoints, model, version, options)
@@ -134,6 +134,9 @@ class TritonEngine:
             max_batch=max_batch,
             buckets=(),
             fingerprint=fingerprint,
+            graph=version.graph,
+            precision=version.precision,
+            verified=version.verified,
             parallel=_IN_FLIGHT * len(endpoints),
         )
         return cls(info, model, side, options, endpoints)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from topfive._processor import int8_saturates
 from topfive_server.devices import Device
-from topfive_server.repository import GraphKind, ModelVersion, RepositoryError
+from topfive_server.repository import REPORT_FILE, GraphKind, ModelVersion, RepositoryError
 
 Wanted: TypeAlias = Literal["auto", "fp32", "fp16", "int8", "all"]
 
@@ -35,7 +36,7 @@ class Choice:
     graph: str
     """Folder of the graph in the repository, e.g. `alexnet_int8`."""
     reason: str
-    """Why this graph: for the log and `/v1/models`."""
+    """Why this graph, for the log; `/v1/models` tells which one it is and whether it was verified."""
 
 
 class Refused(NamedTuple):
@@ -81,50 +82,61 @@ def choose(versions: Iterable[ModelVersion], device: Device, wanted: Wanted = "a
 
 def served_name(version: ModelVersion) -> str:
     """Name under which clients know this graph: its family's, or its folder's where the report names no family."""
-    variant = _variant(version)
-    family = variant.get("family")
+    family = version.variant.get("family")
     if not isinstance(family, str) or not version.name.startswith(family):
         return version.name
-    return family if version.kind is GraphKind.HOT else f"{family}_views{variant.get('views', 10)}"
+    return family if version.kind is GraphKind.HOT else f"{family}_views{version.variant.get('views', 10)}"
 
 
 def _choose_one(name: str, group: Sequence[ModelVersion], device: Device, wanted: Wanted) -> Choice:
-    number = group[0].version
-    passed = [v for v in group if v.report.get("passed", True) is True]
     order = _ORDER[device.kind]
-    suited = sorted((v for v in passed if _kind(v) in order), key=lambda v: order.index(_kind(v)))
+    suited = [v for v in group if v.report.get("passed", True) is True and _kind(v) in order]
     if wanted != "auto":
-        suited = [v for v in suited if _kind(v).startswith(wanted)]
+        suited = [v for v in suited if v.precision == wanted]
     if not suited:
-        there = ", ".join(sorted(f"{v.name} ({_kind(v)})" for v in group))
-        what = f"{wanted} graph" if wanted != "auto" else "graph"
-        raise RepositoryError(
-            f"{name} version {number} has no {what} for {device} that passed its limits; it has {there}"
-        )
-    best = suited[0]
+        raise RepositoryError(_why_none(name, group, device, wanted))
+    # Exact ones first: an int8 graph that saturates here is not the one that was verified, however fast it is.
+    best = min(suited, key=lambda v: (not v.verified, _saturates(v), order.index(_kind(v))))
     others = ", ".join(v.name for v in group if v is not best) or "no other"
-    why = (
-        f"{wanted} was asked for"
-        if wanted != "auto"
-        else f"the fastest kind for {device.kind} that passed its limits"
-    )
     return Choice(
         version=dataclasses.replace(best, name=name),
         graph=best.name,
-        reason=f"{_kind(best)}: {why} (beside {others})",
+        reason=f"{_kind(best)}: {_why(best, suited, device, wanted)} (beside {others})",
     )
 
 
-def precision(version: ModelVersion) -> str:
-    """`fp32`, `fp16` or `int8`, as its report says; `fp32` where it says nothing."""
-    return str(_variant(version).get("precision", "fp32"))
+def _why(best: ModelVersion, suited: Sequence[ModelVersion], device: Device, wanted: Wanted) -> str:
+    if wanted != "auto":
+        why = f"{wanted} was asked for"
+    elif best.verified:
+        why = f"the fastest kind for {device.kind} that passed its limits"
+    else:
+        why = f"the fastest kind for {device.kind}"
+    if not best.verified:
+        why += f"; unverified: no {REPORT_FILE} says that this file passed its limits"
+    if any(_saturates(v) for v in suited):
+        int8 = "it saturates" if _saturates(best) else "int8 was passed over, which saturates"
+        why += f"; {int8} on this processor without int8 dot products"
+    return why
+
+
+def _why_none(name: str, group: Sequence[ModelVersion], device: Device, wanted: Wanted) -> str:
+    there = ", ".join(sorted(f"{v.name} ({_kind(v)})" for v in group))
+    what, way_out = "graph", f"export one with --target {device.kind}"
+    if wanted != "auto":
+        what = f"{wanted} graph"
+        way_out = "serve with --variant auto"
+        if any(kind.startswith(wanted) for kind in _ORDER[device.kind]):
+            way_out = f"export one with --precision {wanted}, {way_out}"
+    return (
+        f"{name} version {group[0].version} has no {what} for {device} that passed its limits; it has {there}; "
+        f"{way_out}, or remove that version's folders"
+    )
 
 
 def _kind(version: ModelVersion) -> str:
-    variant = _variant(version)
-    return f"{precision(version)} {variant.get('target', 'cpu')}"
+    return f"{version.precision} {version.variant.get('target', 'cpu')}"
 
 
-def _variant(version: ModelVersion) -> dict[str, object]:
-    variant = version.report.get("variant")
-    return variant if isinstance(variant, dict) else {}
+def _saturates(version: ModelVersion) -> bool:
+    return version.precision == "int8" and int8_saturates(version.report)

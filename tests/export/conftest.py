@@ -102,6 +102,7 @@ def limits_up_to(relative_difference: float) -> Limits:
     return Limits(
         probability_difference=None,
         relative_difference=relative_difference,
+        features_difference=float("inf"),
         top1_agreement=0.0,
         top5_agreement=0.0,
         near_ties_excused=False,

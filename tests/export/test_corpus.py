@@ -56,7 +56,11 @@ def test_given_pictures_are_labelled_by_folder_and_spread_evenly(tmp_path: Path)
     (tmp_path / "notes.txt").write_text("no image")
     _save(tmp_path.parent / f"{tmp_path.name}-far" / "linked.png", "white")
     (tmp_path / "val" / "bird").symlink_to(tmp_path.parent / f"{tmp_path.name}-far")
-    pictures = given_pictures(tmp_path, ["dog", "cat"], limit=100)
+    said: list[str] = []
+    pictures = given_pictures(tmp_path, ["dog", "cat"], limit=100, say=said.append)
+    assert said == [
+        f"of 15 images in --images {tmp_path} 1 cannot be decoded and will be left out: val/cat/broken.jpg"
+    ]
     labels = {picture.name: picture.label for picture in pictures}
     assert labels["val/cat/0.png"] == 1
     assert labels["val/dog/5.jpg"] == 0

@@ -21,6 +21,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         assert cells.split(" | ") == [
             probability.rstrip("0"),
             f"{limits.relative_difference:g}",
+            f"{limits.features_difference:.4f}".rstrip("0"),
             f"{limits.top1_agreement:.0%}".replace("%", " %"),
             f"{limits.top5_agreement:.0%}".replace("%", " %"),
             "excused" if limits.near_ties_excused else "counted",

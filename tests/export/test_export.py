@@ -20,7 +20,7 @@ from topfive.preprocessing import decode
 from topfive_export import onnx_file
 from topfive_export.graphs import OUTPUT_NAMES, multiply_adds
 from topfive_export.pipeline import ExportConfig, run_export
-from topfive_export.variant import ExportError
+from topfive_export.repository import sha256
 from topfive_training.checkpoint import load_model, save_model
 
 
@@ -123,7 +123,7 @@ def test_the_report_says_what_was_verified(exported: Path) -> None:
         assert report["corpus"]["drawn"] >= 40
         assert report["agreement"]["images"] == report["corpus"]["drawn"]
         assert report["agreement"]["relative_difference"] <= report["limits"]["relative_difference"]
-        assert report["file"]["sha256"] == onnx_file.sha256(exported / name / "1" / "model.onnx")
+        assert report["file"]["sha256"] == sha256(exported / name / "1" / "model.onnx")
         assert set(report["latency_ms"]["batch"]) == {"1", "4", "16"}
         assert report["variant"]["family"] == "alexnet"
 
@@ -138,10 +138,11 @@ def test_versions_join_and_count_up_and_nothing_is_overwritten(
 
     assert command(checkpoint) == 0
     assert command(checkpoint, "--target", "cuda") == 0  # the same weights: version 1 as well
-    assert command(checkpoint) == 0
-    assert capsys.readouterr().out.split() == [
-        str(out / name) for name in ("net_image/1", "net/1", "net_cuda/1", "net_image/2", "net/2")
-    ]
+    assert command(checkpoint) == 1  # the same again would be the newest version, without the other variants
+    said = capsys.readouterr()
+    assert said.out.split() == [str(out / name) for name in ("net_image/1", "net/1", "net_cuda/1")]
+    assert f"to make it anew, remove {out}/net_image and {out}/net first" in said.err
+    assert command(checkpoint, "--version", "2") == 0
     assert command(checkpoint, "--version", "2") == 1
     assert "never overwritten" in capsys.readouterr().err
     save_model(tmp_path / "other", make_classifier(seed=5, classes=9))
@@ -222,10 +223,29 @@ def test_bad_input_is_answered_with_a_sentence(
     said = capsys.readouterr().err
     assert "file is not a folder" in said
     assert "verifying" not in said
-    assert main(["export", str(checkpoint), "--out", str(tmp_path / "models"), "--name", "../up"]) == 1
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "models"), "--name", "../up"]) == 2
     assert "--name is '../up'" in capsys.readouterr().err
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "models"), "--precision", "int8"]) == 1
-    assert "int8 needs at least 32 photographs" in capsys.readouterr().err
-    with pytest.raises(ExportError, match="--max-images"):
-        ExportConfig(run=checkpoint, out=tmp_path, max_images=0)
+    said = capsys.readouterr().err
+    assert "int8 needs at least 32 photographs" in said
+    assert "exporting" not in said
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--views", "3"), ("--max-images", "0"), ("--version", "0"), ("--name", "../x")]
+)
+def test_a_value_that_is_not_allowed_is_bad_usage(
+    options: tuple[str, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "models"), *options]) == 2
+
+
+def test_a_repository_that_cannot_be_written_is_found_out_before_the_work(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "file" / "models")]) == 1
+    said = capsys.readouterr().err
+    assert "Not a directory" in said
+    assert "verifying" not in said

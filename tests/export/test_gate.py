@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ from topfive_export.gate import (
     Comparison,
     Disagreement,
     accuracy,
+    answer_onnx,
     compare,
     enforce,
     enforce_accuracy,
 )
 from topfive_export.graphs import ExportGraph, build_graph
 from topfive_export.pipeline import ExportConfig, run_export
-from topfive_export.variant import FP32_LIMITS, ExportError, Limits, Variant
+from topfive_export.variant import FP32_LIMITS, LIMITS, Graph, Limits, Precision, Variant
 from topfive_training.checkpoint import Classifier, save_model
 
 
@@ -99,7 +101,7 @@ def test_the_command_fails_with_a_sentence_and_the_older_version_stays(
         return build_graph(broken, variant)
 
     monkeypatch.setattr(pipeline, "build_graph", build)
-    assert main(["export", str(checkpoint), "--out", str(out)]) == 1
+    assert main(["export", str(checkpoint), "--out", str(out), "--version", "2"]) == 1
     said = capsys.readouterr()
     assert "does not answer as the trained network does" in said.err
     assert "Traceback" not in said.err
@@ -112,7 +114,7 @@ def test_a_network_that_answers_everything_alike_cannot_be_verified(tmp_path: Pa
     with torch.no_grad():
         classifier.network.fc8.weight.zero_()
     save_model(tmp_path / "run", classifier)
-    with pytest.raises(Disagreement, match="has it been trained"):
+    with pytest.raises(Disagreement, match=r"run: the network gives the same answer .* has it been trained"):
         run_export(ExportConfig(run=tmp_path / "run", out=tmp_path / "models"))
 
 
@@ -150,6 +152,7 @@ def test_near_ties_are_counted_and_only_excused_where_the_limits_say_so() -> Non
     strict = Limits(
         probability_difference=None,
         relative_difference=1.0,
+        features_difference=1.0,
         top1_agreement=1.0,
         top5_agreement=0.0,
         near_ties_excused=False,
@@ -198,6 +201,47 @@ def test_nan_never_passes() -> None:
         enforce(compare(reference, [broken], list("abcd"), FP32_LIMITS), FP32_LIMITS, "the graph")
 
 
+@pytest.mark.parametrize("kind", sorted(LIMITS))
+def test_features_have_a_limit_too(kind: tuple[Graph, Precision]) -> None:
+    reference = _answered(np.random.default_rng(4).normal(size=(8, 6)))
+    names, limits = list("abcdefgh"), LIMITS[kind]
+    nothing = Answered(reference.scores_MK, np.zeros_like(reference.features_MF))
+    with pytest.raises(Disagreement, match="a feature differs by 1 of the largest"):
+        enforce(compare(reference, [nothing], names, limits), limits, "the graph")
+    broken = Answered(reference.scores_MK, np.full_like(reference.features_MF, np.nan))
+    with pytest.raises(Disagreement, match="a feature differs by nan"):
+        enforce(compare(reference, [reference, broken, reference], names, limits), limits, "the graph")
+    narrow = Answered(reference.scores_MK, reference.features_MF[:, :1])
+    with pytest.raises(Disagreement, match=r"the features are \(8, 1\); the network's are \(8, 2\)"):
+        compare(reference, [narrow], names, limits)
+
+
+def test_features_that_are_not_the_networks_are_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_features(session: Any, images_MHWC: Any, batch_size: int) -> Answered:
+        answer = answer_onnx(session, images_MHWC, batch_size)
+        return Answered(answer.scores_MK, answer.features_MF * 0)
+
+    monkeypatch.setattr(pipeline, "answer_onnx", without_features)
+    config = ExportConfig(run=checkpoint, out=tmp_path / "models", target="cuda")
+    with pytest.raises(Disagreement, match="a feature differs by 1 of the largest"):
+        run_export(config)
+
+
+def test_a_network_that_is_too_large_for_fp16_is_told_so(tmp_path: Path) -> None:
+    classifier = make_classifier()
+    with torch.no_grad():
+        # What the first dense layer gives is beyond 65,504; the scores are as they were.
+        classifier.network.fc6.weight.mul_(1e6)
+        classifier.network.fc6.bias.mul_(1e6)
+        classifier.network.fc7.weight.div_(1e6)
+    save_model(tmp_path / "run", classifier)
+    config = ExportConfig(run=tmp_path / "run", out=tmp_path / "models", precision="fp16", target="cuda")
+    with pytest.raises(Disagreement, match=r"not finite numbers: fp16 ends at 65,504, .*; export it in fp32"):
+        run_export(config)
+
+
 def test_accuracy_counts_labelled_images_and_a_fall_is_refused() -> None:
     scores = np.eye(6, dtype=np.float32)[[0, 1, 2, 3] * 10]
     labels: list[int | None] = [0, 1, 2, None] * 10
@@ -215,5 +259,3 @@ def test_combinations_without_sense_are_usage_errors(checkpoint: Path, tmp_path:
     out = str(tmp_path / "models")
     assert main(["export", str(checkpoint), "--out", out, "--precision", "fp16"]) == 2
     assert main(["export", str(checkpoint), "--out", out, "--precision", "int8", "--target", "cuda"]) == 2
-    with pytest.raises(ExportError, match="--views is 3"):
-        ExportConfig(run=checkpoint, out=tmp_path, views=3)

@@ -300,12 +300,14 @@ def test_beyond_the_limits_even_so_is_refused() -> None:
     classifier = make_classifier()
     images = np.random.default_rng(1).integers(0, 256, (8, 227, 227, 3), dtype=np.uint8)
     model = trace(build_graph(classifier, INT8), variant=INT8, side=227)
-    with pytest.raises(ExportError, match=r"even with .* in fp32 .*; serve this checkpoint in fp32"):
+    told = r"even with .* in fp32 .*worst on 'photo [0-7]\.jpg'.*; serve this checkpoint in fp32"
+    with pytest.raises(ExportError, match=told):
         quantize.quantize(
             model,
             images,
             answer_torch(classifier, images),
             limits_up_to(1e-9),
+            names=[f"photo {index}.jpg" for index in range(8)],
             candidates=(Scheme(ranges="minmax"),),
         )
 

@@ -56,7 +56,10 @@ def test_one_number_is_one_set_of_weights(tmp_path: Path) -> None:
     _publish(tmp_path, HOT, 1, "aa")
     assert choose_version(tmp_path, "net", [INT8], "aa", None) == 1  # joins its weights
     assert choose_version(tmp_path, "net", [INT8], "bb", None) == 2  # other weights, next free number of all
-    assert choose_version(tmp_path, "net", [HOT], "aa", None) == 2  # exported again
+    with pytest.raises(
+        ExportError, match=rf"as version 1: to make it anew, remove {tmp_path / 'net'} first; .* --version 2"
+    ):
+        choose_version(tmp_path, "net", [HOT], "aa", None)  # exported again
     _publish(tmp_path, INT8, 2, "bb")
     assert choose_version(tmp_path, "net", [HOT], "cc", None) == 3
     assert choose_version(tmp_path, "other", [HOT], "cc", None) == 1
@@ -64,9 +67,16 @@ def test_one_number_is_one_set_of_weights(tmp_path: Path) -> None:
         choose_version(tmp_path, "net", [HOT], "aa", 1)
     with pytest.raises(ExportError, match="another checkpoint"):
         choose_version(tmp_path, "net", [HOT], "cc", 2)
-    with pytest.raises(ExportError, match="from 1 on"):
-        choose_version(tmp_path, "net", [HOT], "cc", 0)
     assert choose_version(tmp_path, "net", [HOT], "cc", 40) == 40
+    # Published once more under a new number, as was said: its other variants join it there.
+    _publish(tmp_path, HOT, 3, "aa")
+    _publish(tmp_path, INT8, 1, "aa")
+    assert choose_version(tmp_path, "net", [INT8], "aa", None) == 3
+    _publish(tmp_path, INT8, 3, "aa")
+    with pytest.raises(
+        ExportError, match=rf"as version 3: .* remove {tmp_path / 'net_int8' / '3'} first; .* --version 4"
+    ):
+        choose_version(tmp_path, "net", [INT8], "aa", None)
 
 
 def test_all_versions_of_a_model_share_labels_and_shapes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 The network is softmax(mean colour x weights): `expected_scores` computes the same with numpy.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def write_model(
         fails_on_white: an image whose first byte is 255 makes the whole batch fail at run time, like a bad kernel.
         drop_output: leave this output out.
         weight_scale: factor on the weights; nan makes every answer not-a-number.
-        report: content of `report.json`.
+        report: content of `report.json`; one that says "passed" names the file as well, as export's does.
     """
     spec = spec or make_spec()
     classes, side = spec.architecture.classes, spec.preprocessing.crop if side is None else side
@@ -118,6 +119,8 @@ def write_model(
     path.parent.mkdir(parents=True)
     path.write_bytes(model.SerializeToString())
     if report is not None:
+        if report.get("passed"):
+            report = {"file": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}} | report
         path.with_name("report.json").write_text(json.dumps(report), encoding="utf-8")
     return path
 

@@ -257,7 +257,9 @@ def test_models(server: Harness) -> None:
     assert [(m["name"], m["version"], m["default"]) for m in models] == [
         ("fake", "1", False), ("fake", "2", True), ("other", "1", False),
     ]  # fmt: skip
-    assert {"classes", "crop", "labels_url", "ready", "provider"} <= models[0].keys()
+    assert {"classes", "crop", "labels_url", "ready", "provider", "graph", "precision", "verified"} <= models[
+        0
+    ].keys()
     assert models[0]["fingerprint"] == "fingerprint of fake/1"
     labels = server.request("GET", models[0]["labels_url"]).json["labels"]
     assert labels[:2] == ["red 0", "red 1"]

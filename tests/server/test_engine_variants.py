@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from tests.server.onnx_models import write_model
 
+from topfive import _processor
 from topfive_server.devices import Device
 from topfive_server.repository import ModelVersion, Repository
 from topfive_server.variants import Chosen, choose
@@ -13,10 +14,25 @@ CUDA = Device(kind="cuda", reason="test")
 
 
 def add(
-    root: Path, name: str, version: str = "1", *, passed: bool = True, side: Any = None, **variant: Any
+    root: Path,
+    name: str,
+    version: str = "1",
+    *,
+    passed: bool | None = True,
+    side: Any = None,
+    dot_products: bool = True,
+    **variant: Any,
 ) -> None:
     record = {"family": "alexnet", "precision": "fp32", "target": "cpu", "views": 1} | variant
-    write_model(root, name, version, side=side, report={"passed": passed, "variant": record})
+    report = {"variant": record, "made_with": {"int8_dot_products": dot_products}}
+    write_model(
+        root, name, version, side=side, report=report if passed is None else {**report, "passed": passed}
+    )
+
+
+@pytest.fixture(autouse=True)
+def processor_with_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: True)
 
 
 @pytest.fixture(name="family")
@@ -52,6 +68,15 @@ def test_a_precision_can_be_asked_for(family: list[ModelVersion]) -> None:
     assert refused[0].reason.startswith(
         "alexnet version 1 has no int8 graph for cuda:0 that passed its limits; it has"
     )
+    assert refused[0].reason.endswith("; serve with --variant auto, or remove that version's folders")
+    without = [version for version in family if version.precision != "int8"]
+    assert (
+        choose(without, CPU, "int8")
+        .refused[0]
+        .reason.endswith(
+            "; export one with --precision int8, serve with --variant auto, or remove that version's folders"
+        )
+    )
 
 
 def test_all_serves_every_graph_but_the_whole_one_under_its_own_name(family: list[ModelVersion]) -> None:
@@ -63,6 +88,48 @@ def test_what_did_not_pass_is_not_chosen(tmp_path: Path) -> None:
     add(tmp_path, "alexnet")
     add(tmp_path, "alexnet_int8", precision="int8", passed=False)
     assert chosen(choose(Repository(tmp_path).read_all()[0], CPU)) == [("alexnet", "1", "alexnet")]
+
+
+def test_what_nobody_has_verified_is_not_said_to_have_passed(tmp_path: Path) -> None:
+    write_model(tmp_path, "mine")
+    add(tmp_path, "alexnet", passed=None)
+    add(tmp_path, "net", family="net")
+    reasons = {
+        choice.graph: choice.reason for choice in choose(Repository(tmp_path).read_all()[0], CPU).choices
+    }
+    for name in ("mine", "alexnet"):
+        assert "unverified: no report.json says that this file passed its limits" in reasons[name]
+    assert reasons["net"] == "fp32 cpu: the fastest kind for cpu that passed its limits (beside no other)"
+
+
+def test_what_was_verified_goes_before_what_was_not(tmp_path: Path) -> None:
+    add(tmp_path, "alexnet")
+    add(tmp_path, "alexnet_int8", precision="int8", passed=None)
+    found = choose(Repository(tmp_path).read_all()[0], CPU)
+    assert chosen(found) == [("alexnet", "1", "alexnet")]
+
+
+def test_a_processor_on_which_int8_saturates_gets_fp32(
+    family: list[ModelVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: False)
+    choice = choose(family, CPU).choices[0]
+    assert choice.graph == "alexnet"
+    assert "; int8 was passed over, which saturates on this processor" in choice.reason
+    asked = choose(family, CPU, "int8").choices[0]
+    assert asked.graph == "alexnet_int8"
+    assert "int8 was asked for; it saturates on this processor without int8 dot products" in asked.reason
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: None)
+    assert choose(family, CPU).choices[0].graph == "alexnet_int8"
+
+
+def test_int8_that_was_verified_while_it_saturated_is_as_good_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_processor, "int8_dot_products", lambda: False)
+    add(tmp_path, "alexnet")
+    add(tmp_path, "alexnet_int8", precision="int8", dot_products=False)
+    assert chosen(choose(Repository(tmp_path).read_all()[0], CPU)) == [("alexnet", "1", "alexnet_int8")]
 
 
 def test_each_version_number_is_chosen_for_by_itself(tmp_path: Path) -> None:

@@ -457,7 +457,7 @@ async def real(root: Path, **settings: Any) -> AsyncIterator[tuple[Start, Reload
     loader = Loader(engines=engines, config=config, models=models, pool=pool, metrics=metrics)
 
     async def start() -> list[ModelVersion]:
-        return await offer.start(loader.load, models.names)
+        return await offer.start(loader.load)
 
     policy = ReloadPolicy(keep=config.versions)
     try:
@@ -584,3 +584,62 @@ def test_admin_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def _adopt(world: World) -> None:
     world.reloader.adopt(Repository(world.root).read("tiny"))
+
+
+VERIFIED = {"passed": True, "variant": {"family": "tiny", "precision": "fp32", "target": "cpu", "views": 1}}
+
+
+def replace_weights(root: Path, version: str) -> None:
+    """Other weights under the report of those that were verified."""
+    other = write_model(root.parent / "other", "tiny", version, seed=99)
+    shutil.copy(other, root / "tiny" / version / "model.onnx")
+
+
+def test_weights_that_were_exchanged_after_the_export_are_not_served(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        root = tmp_path / "models"
+        write_model(root, "tiny", "1", report=VERIFIED)
+        write_model(root, "tiny", "2", report=VERIFIED)
+        replace_weights(root, "2")
+        async with real(root) as (start, reloader, models):
+            with pytest.raises(StartError, match=r"tiny/2/model\.onnx is not the file that its report\.json"):
+                await start()
+        shutil.rmtree(root / "tiny" / "2")
+        async with real(root) as (start, reloader, models):
+            for version in await start():
+                reloader.adopt(version)
+            info = models.get("tiny").info
+            assert (info.graph, info.precision, info.verified) == ("tiny", "fp32", True)
+            write_model(root, "tiny", "3", report=VERIFIED)
+            replace_weights(root, "3")
+            status = {row["version"]: row for row in await reloader.look()}
+            assert [model.info.version for model in models] == ["1"]
+            assert status["3"]["state"] == "refused"
+            assert "is not the file that its report.json is about" in status["3"]["reason"]
+
+    run(scenario)
+
+
+def test_a_broken_variant_beside_a_good_one_says_how_to_do_without_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        write_model(tmp_path, "tiny", "1", report=VERIFIED)
+        broken = write_model(tmp_path, "tiny_int8", "1")
+        broken.write_bytes(broken.read_bytes()[:200])
+        async with real(tmp_path) as (start, _, _):
+            with pytest.raises(StartError, match=f"or remove {broken.parent} to serve without it"):
+                await start()
+
+    run(scenario)
+
+
+def test_a_default_model_that_is_not_there_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async def load(version: ModelVersion) -> None:
+            raise AssertionError(f"{version.name} was loaded")
+
+        write_model(tmp_path, "tiny")
+        offer = Offer(tmp_path, device=CPU, variant="auto", config=ServerConfig(model="nosuch"))
+        with pytest.raises(StartError, match=r"there is no model 'nosuch' in .*; it holds tiny"):
+            await offer.start(load)
+
+    run(scenario)

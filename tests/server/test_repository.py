@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,25 @@ def test_arbitrary_damage_is_an_error_or_a_header_never_a_crash(tmp_path: Path, 
     damaged.write_bytes(whole[:at] + data.draw(st.binary(min_size=1, max_size=8)) + whole[at + 1 :])
     with contextlib.suppress(OnnxHeaderError):
         read_header(damaged)
+
+
+def test_a_graph_that_is_not_the_one_that_was_verified_is_broken(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "tiny", report={"passed": True})
+    model = Repository(tmp_path).read("tiny")
+    assert model.verified
+    model.fingerprint()
+    shutil.copy(write_model(tmp_path / "other", "tiny", seed=1), path)
+    with pytest.raises(BrokenModelError, match=r"is not the file that its report\.json is about"):
+        model.fingerprint()
+    path.with_name("report.json").unlink()
+    unverified = Repository(tmp_path).read("tiny")
+    assert not unverified.verified
+    unverified.fingerprint()
+
+
+@pytest.mark.parametrize("file", [None, "text", {}, {"sha256": None}])
+def test_a_report_that_names_no_file_vouches_for_none(file: object, tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny", report={"passed": True, "file": file})
+    model = Repository(tmp_path).read("tiny")
+    assert not model.verified
+    model.fingerprint()
