@@ -84,15 +84,14 @@ def check_structure(data: bytes, max_pixels: int) -> None:
 
 def cost_per_pixel(image: Image.Image) -> int:
     """How many times as much time or memory as usual each pixel takes, by the header of an opened image."""
+    compression = image.info.get("compression")
     if image.format == "WEBP":
-        return (
-            2  # libwebp keeps two canvases and makes a copy: 16 bytes a pixel, where 8 are the most of others
-        )
-    if image.format == "TIFF" and image.info.get("compression") in {"jpeg", "tiff_jpeg"}:
+        return 2  # libwebp keeps two canvases and Pillow two copies, before anything is converted
+    if image.format == "TIFF" and compression in {"jpeg", "tiff_jpeg"}:
         return 4  # where libtiff allows 99 scans
-    if image.format == "BMP" and image.info.get("compression") in {1, 2}:
-        return 8  # run lengths, which Pillow expands in Python: 0.1 us a pixel
-    return 1
+    if image.format == "BMP" and compression in {1, 2}:
+        return 16  # run lengths, which Pillow expands in Python
+    return max(16 // min(image.size), 1)  # for each row there is a pointer, however short the row is
 
 
 def _check_jpeg(data: bytes, max_pixels: int) -> None:

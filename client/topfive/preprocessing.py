@@ -114,8 +114,8 @@ def decode(
 ) -> Decoded:
     """Decode one image file to the square of pixels that the network sees.
 
-    Holds at most 8 bytes for each pixel of the source, and 20 MB beside (a progressive JPEG has 6 at most, a file without
-    transparency or palette 4); of a WebP 20, which is why it may have half as many pixels. The file itself is in memory too.
+    Holds the file, at most 8 bytes for each pixel of the source (4 where nothing is converted; a WebP takes 16, and may
+    have half as many pixels), and 40 MB.
 
     Args:
         source: the file's bytes, or a seekable binary file, which is read into memory.
@@ -123,7 +123,7 @@ def decode(
         crop: cut this central square instead, in pixels of the resized image; `short_side` gives the whole central
             square that training crops from and that ten-view evaluation needs.
         max_pixels: limit on width x height, checked on the header. A WebP may have half as many, a TIFF of JPEGs a
-            quarter, a BMP of run lengths an eighth: each of their pixels costs so much more.
+            quarter, a BMP of run lengths or an image of one column a sixteenth: so much more their pixels cost.
 
     Raises:
         UnsupportedFormatError: none of `FORMATS`.

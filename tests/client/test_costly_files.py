@@ -109,10 +109,21 @@ def test_pixels_that_cost_more_count_as_more() -> None:
     jpeg_in_tiff = costly_files.tiff(40, 40, 7, costly_files.jpeg_scans(30, (40, 40)), strips=1)
     webp = io.BytesIO()
     Image.new("RGB", (40, 40)).save(webp, "WEBP")
-    for data, cost in ((run_lengths, 8), (jpeg_in_tiff, 4), (webp.getvalue(), 2)):
+    for data, cost in ((run_lengths, 16), (jpeg_in_tiff, 4), (webp.getvalue(), 2)):
         assert decode(data, SMALL, max_pixels=40 * 40 * cost).width == 40
         with pytest.raises(ImageTooLargeError, match=rf"the limit for this kind of \w+ is {1600 - 1:,}"):
             decode(data, SMALL, max_pixels=40 * 40 * cost - 1)
+
+
+def test_a_row_of_a_few_pixels_costs_as_much_as_one_of_sixteen() -> None:
+    """Pillow has a pointer for each row, which was a gigabyte at 1 x 88,000,000."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1000)).save(file, "PNG")
+    assert decode(file.getvalue(), SMALL, max_pixels=16_000).height == 1000
+    with pytest.raises(
+        ImageTooLargeError, match="1 x 1000 = 1,000 pixels; the limit for this kind of PNG is 999"
+    ):
+        decode(file.getvalue(), SMALL, max_pixels=15_999)
 
 
 def test_the_bounds_are_in_force_while_pillow_reads() -> None:
@@ -123,6 +134,16 @@ def test_the_bounds_are_in_force_while_pillow_reads() -> None:
         file.read(1)
     with pytest.raises(_file_limits.CostlyFileError):
         file.read(1)
+
+
+def test_libjpeg_has_the_whole_file_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a piece at a time it starts the block that it could not finish again with each: the square of their number."""
+    file = io.BytesIO()
+    Image.effect_noise((48, 40), 50).save(file, "JPEG")
+    data = file.getvalue()
+    monkeypatch.setattr(_file_limits, "MAX_READS", 60)
+    # The last blocks are missing, and what should be theirs is fill.
+    assert decode(data[:-9] + b"\xff" * 8_000_000 + data[-2:], SMALL).width == 48
 
 
 PEAK = """
