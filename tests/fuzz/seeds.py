@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from PIL import ExifTags, Image
+from tests.client import costly_files
 
 _MODES: Final = {
     "JPEG": ("L", "RGB", "CMYK"),
@@ -56,6 +57,7 @@ def images() -> Iterator[bytes]:
         file = io.BytesIO()
         frames[0].save(file, form, save_all=True, append_images=frames[1:])
         yield file.getvalue()
+    yield from costly_files.small()
 
 
 def form(*parts: bytes) -> bytes:

@@ -11,8 +11,9 @@ from topfive_server.oip_codec import Interface, ProtocolError, parse_request
 from topfive_server.receive import MAX_FILENAME, decompress, unpack
 
 _PREPROCESSING: Final = Preprocessing(short_side=20, crop=16)
-_MAX_PIXELS: Final = 1_000_000
-"""Far below the default, so that the memory limit of the fuzzer's process shows who decodes before asking."""
+_MAX_PIXELS: Final = 16_000_000
+"""Enough that a scan or a conversion too many takes visibly long, and below the default, so that the memory limit of the
+fuzzer's process shows who decodes before asking."""
 _MAX_BYTES: Final = 200_000
 _MAX_IMAGES: Final = 8
 _INTERFACE: Final = Interface(name="m", side=4, classes=3, max_batch=2, labels=("a", "b", "c"))

@@ -30,23 +30,23 @@ MEMORY_MB = 1024
 
 @pytest.mark.timeout(300 + SECONDS)
 @pytest.mark.parametrize(
-    ("target", "corpus", "runs"),
+    ("target", "corpus", "runs", "longest"),
     [
-        ("decode", seeds.images, 8_000),
-        ("unpack", seeds.request_bodies, 12_000),
-        ("infer", seeds.inference_requests, 12_000),
+        ("decode", seeds.images, 8_000, 65_536),
+        ("unpack", seeds.request_bodies, 12_000, 8192),
+        ("infer", seeds.inference_requests, 12_000, 8192),
     ],
     ids=["decode", "unpack", "infer"],
 )
 def test_no_bytes_crash_hang_or_surprise(
-    target: str, corpus: Callable[[], Iterator[bytes]], runs: int, tmp_path: Path
+    target: str, corpus: Callable[[], Iterator[bytes]], runs: int, longest: int, tmp_path: Path
 ) -> None:
     seeds.write(corpus(), tmp_path / "seeds")
     found, findings = tmp_path / "found", tmp_path / "findings"
     found.mkdir()
     findings.mkdir()
     limit = f"-max_total_time={SECONDS}" if SECONDS else f"-runs={runs}"
-    options = [f"-seed={SEED}", "-max_len=8192", f"-timeout={SLOWEST_S}", f"-rss_limit_mb={MEMORY_MB}"]
+    options = [f"-seed={SEED}", f"-max_len={longest}", f"-timeout={SLOWEST_S}", f"-rss_limit_mb={MEMORY_MB}"]
     run = subprocess.run(
         [*FUZZER, target, limit, *options, f"-artifact_prefix={findings}/", found, tmp_path / "seeds"],
         cwd=ROOT,
@@ -71,5 +71,4 @@ def test_the_seeds_are_images_of_every_format() -> None:
         except ImageError as error:
             refused.append(str(error))
     assert read == set(FORMATS)
-    assert len(refused) == 1  # TIFF of floating-point samples
-    assert "floating-point" in refused[0]
+    assert sum("floating-point" in message for message in refused) == 1
