@@ -20,7 +20,6 @@ from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
     NotReadyError,
     RequestError,
-    TooLargeError,
 )
 from topfive_server.exchange import ANSWERED, SINCE_ANSWER, Exchange
 from topfive_server.job import Answer
@@ -35,7 +34,7 @@ from topfive_server.oip_codec import (
 )
 from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, priority_of, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
-from topfive_server.receive import ClientGoneError, Receive, read_body
+from topfive_server.receive import ClientGoneError, Receive, inflate, read_body
 from topfive_server.served_model import ServedModel
 
 PREFIX: Final = "/v2"
@@ -281,16 +280,7 @@ def _decompress(body: bytes, coding: str, limit: int) -> bytes:
     window = {"gzip": 31, "x-gzip": 31, "deflate": 15}.get(coding)
     if window is None:
         raise ProtocolError("Unsupported compression type", 501)
-    inflate = zlib.decompressobj(wbits=window)
-    try:
-        plain = inflate.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise ProtocolError(f"the {coding}-compressed body is corrupt: {error}") from None
-    if len(plain) > limit:
-        raise TooLargeError(f"the body has more than {limit:,} bytes after decompression, the limit")
-    if not inflate.eof or inflate.unused_data:
-        raise ProtocolError(f"the {coding}-compressed body is truncated, or something follows it")
-    return plain
+    return inflate(body, window=window, max_bytes=limit)
 
 
 def _accepted_coding(accept: str) -> str | None:
