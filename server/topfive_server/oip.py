@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from topfive._version import __version__
 from topfive_server.admission import Admission, Ticket
@@ -36,6 +36,9 @@ from topfive_server.oip_compute import compute, find_model, interface_of, pick_m
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.receive import ClientGoneError, Receive, inflate, read_body
 from topfive_server.served_model import ServedModel
+from topfive_server.waiting import wait_for_work
+
+T = TypeVar("T")
 
 PREFIX: Final = "/v2"
 EXTENSIONS: Final = (
@@ -208,7 +211,7 @@ class OpenInference:
                 raise
             statistics.add(answers, monotonic() - exchange.started)
             exchange.scope[ANSWERED] = model.remember_answer(priority_of(request), answers)
-            return await self._reply(exchange, request, model, answers)
+            return await self._reply(exchange, receive, request, model, answers)
 
     async def _receive(
         self, exchange: Exchange, receive: Receive, ticket: Ticket, model: ServedModel
@@ -216,13 +219,15 @@ class OpenInference:
         limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
         body = await read_body(receive, exchange.headers, ticket, max_bytes=limit, timeout_s=timeout_s)
         exchange.bytes_in = len(body)
-        size, request = await self._parse(exchange, body, interface_of(model, self._config))
+        size, request = await self._parse(exchange, receive, body, interface_of(model, self._config))
         ticket.add_bytes(size - len(body))
         ticket.add_images(len(request.images_NHWC))
         exchange.images = len(request.images_NHWC)
         return request
 
-    async def _parse(self, exchange: Exchange, body: bytes, interface: Interface) -> tuple[int, InferRequest]:
+    async def _parse(
+        self, exchange: Exchange, receive: Receive, body: bytes, interface: Interface
+    ) -> tuple[int, InferRequest]:
         """The body's size without its content coding, and what it says."""
         header_length = exchange.headers.get(HEADER_LENGTH.encode())
         coding = exchange.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
@@ -234,10 +239,15 @@ class OpenInference:
 
         if not coding and len(body) < _CHEAP_BYTES and header_length is not None:
             return parse()
-        return await self._pool.run(parse)
+        return await self._on_a_thread(parse, exchange, receive)
 
     async def _reply(
-        self, exchange: Exchange, request: InferRequest, model: ServedModel, answers: Sequence[Answer]
+        self,
+        exchange: Exchange,
+        receive: Receive,
+        request: InferRequest,
+        model: ServedModel,
+        answers: Sequence[Answer],
     ) -> _Reply:
         for answer in answers:
             model.observer.image_ok(0.0, answer.queue_s + answer.batch_s)
@@ -262,7 +272,12 @@ class OpenInference:
             )
 
         costly = sum(arrays[output.name].size for output in request.outputs if coding or not output.binary)
-        return encode() if costly < _CHEAP_VALUES else await self._pool.run(encode)
+        return encode() if costly < _CHEAP_VALUES else await self._on_a_thread(encode, exchange, receive)
+
+    async def _on_a_thread(self, work: Callable[[], T], exchange: Exchange, receive: Receive) -> T:
+        """Do long work outside the event loop, for as long as a request may take."""
+        deadline = exchange.started + self._config.request_timeout_s
+        return await wait_for_work(self._pool.run(work), deadline=deadline, receive=receive)
 
     def _stats(self, model: ServedModel) -> dict[str, Any]:
         key = model.info.name, model.info.version
