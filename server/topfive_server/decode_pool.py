@@ -85,10 +85,15 @@ class DecodePool:
         """Seconds for each of many images when all threads decode, as measured; 0 while nothing is known."""
         return self._each_s.or_zero() / self._at_once
 
-    @property
-    def stuck_s(self) -> float:
-        """Seconds for which every thread has been at one and the same image or body; 0 while one is free."""
-        return max(0.0, monotonic() - max(self._since))
+    def why_stuck(self, patience_s: float) -> str:
+        """A sentence when every thread has been at one and the same image or body for longer than so many seconds.
+
+        Empty while one is free or makes progress. A thread cannot be stopped: only a new process helps.
+        """
+        stuck_s = monotonic() - max(self._since)
+        if stuck_s <= patience_s:
+            return ""
+        return f"decoding has been stuck for {stuck_s:.0f} s in every thread; restart the process"
 
     def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Do other long work (unpacking a large body) on one of the threads, unless the future is cancelled before."""

@@ -89,8 +89,9 @@ class OpenInference:
         pool: DecodePool,
         admission: Admission,
         healthy: Callable[[], Awaitable[bool]],
+        alive: Callable[[], bool],
     ) -> None:
-        """`healthy` is what `/v2/health/ready` says."""
+        """`healthy` is what `/v2/health/ready` says, `alive` what `/v2/health/live` does."""
         self.refusing = False
         """Set when the listener has closed; what still arrives is refused."""
         self._config = config
@@ -98,6 +99,7 @@ class OpenInference:
         self._pool = pool
         self._admission = admission
         self.healthy = healthy
+        self.alive = alive
         self.statistics: dict[tuple[str, str], Statistics] = {}
         """By model and version; the gRPC side counts here, too."""
 
@@ -140,8 +142,8 @@ class OpenInference:
             return _Reply.json({"name": "topfive", "version": __version__, "extensions": list(EXTENSIONS)})
         if path in {"/v2/health/live", "/v2/health/ready"}:
             exchange.route = path
-            live = path.endswith("live") or await self.healthy()
-            return _Reply(status=200 if live else 503, type="text/plain")
+            good = self.alive() if path.endswith("live") else await self.healthy()
+            return _Reply(status=200 if good else 503, type="text/plain")
         raise ProtocolError("Not Found", 404)
 
     def _about(self, name: str, version: str | None, action: str | None) -> _Reply:

@@ -208,7 +208,13 @@ class Worker:
     # ------------------------------------------------------------------ what it says
 
     async def health(self) -> list[list[Any]]:
-        """Name, version, whether it is ready and why not, of each version in service."""
+        """Name, version, whether it is ready and why not, of each version in service.
+
+        It ends the process where only another in its place helps; the parent starts one.
+        """
+        if not self._application.draining and (why := self._application.stuck):
+            log.error("%s", why)
+            os._exit(EXIT_LOST)
         return [[m.info.name, m.info.version, m.health.ready, m.health.reason] for m in list(self._models)]
 
     async def readiness(self) -> dict[str, Any]:

@@ -20,7 +20,8 @@ def stuck_decode(data: bytes, *arguments: Any, **options: Any) -> Any:
     return decoded
 
 
-decode_pool.decode = stuck_decode  # here, not below: what is spawned imports this file, too
+# Here, not below: what is spawned imports this file, too.
+setattr(decode_pool, "decode", stuck_decode)  # noqa: B010
 
 if __name__ == "__main__":
     sys.exit(main(["serve", *sys.argv[1:]]))

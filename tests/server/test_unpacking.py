@@ -79,7 +79,7 @@ def stuck_decoding(server: Harness) -> Iterator[None]:
         patch.setattr("topfive_server.decode_pool.decode", slow_decode)
         jobs = [server.on_loop(classify) for _ in range(2)]
         try:
-            eventually(lambda: pool.stuck_s > 0)
+            eventually(lambda: pool.why_stuck(0) != "")
             yield
         finally:
             free.set()
