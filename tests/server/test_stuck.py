@@ -79,3 +79,18 @@ def test_a_process_of_several_whose_decoders_do_not_come_back_is_started_again(r
             eventually(lambda: any("serves again" in line["message"] for line in process.log), timeout_s=60)
         assert any("decoding has been stuck" in line["message"] for line in process.log)
         assert process.stop(signal.SIGTERM, timeout_s=20) == 0
+
+
+def test_a_signal_after_the_drain_ends_the_process_at_once_with_the_status_that_is_due(
+    repository: Path,
+) -> None:
+    with (
+        Process.running(
+            repository, "--drain-delay-s", 0, "--drain-timeout-s", 0.5, command=COMMAND
+        ) as process,
+        stick(process, files=1),  # alone, it hangs in a thread of the engine, whose end is waited for
+    ):
+        process.process.send_signal(signal.SIGTERM)
+        eventually(lambda: process.log[-1]["message"] == "stopped")
+        assert process.stop(timeout_s=20) == 1
+        assert "the engine of" not in process.log[-1]["message"]  # it was not waited for
