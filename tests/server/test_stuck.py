@@ -49,8 +49,11 @@ def test_a_stuck_decoder_does_not_keep_the_process_from_ending(repository: Path,
         assert process.log[-1]["message"] == "stopped"
 
 
-def test_a_client_that_has_left_a_stuck_decoder_does_not_count_as_lost(repository: Path) -> None:
-    flags = ("--decode-threads", 4, "--drain-delay-s", 0, "--drain-timeout-s", 5)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_client_that_has_left_a_stuck_decoder_does_not_count_as_lost(
+    repository: Path, processes: int
+) -> None:
+    flags = ("--processes", processes, "--decode-threads", 4, "--drain-delay-s", 0, "--drain-timeout-s", 1)
     with Process.running(repository, *flags, command=COMMAND) as process:
         stick(process, files=2).close()
         eventually(lambda: b"topfive_inflight_images 0.0" in process.request("GET", "/metrics")[1])
