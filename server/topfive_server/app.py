@@ -81,6 +81,7 @@ class Application:
         """Requests that were still under way when the drain time was over."""
         self.reloader = reloader
         self._traces = traces
+        self._pool = pool
         self.whole: Whole = whole or Alone(self)
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
@@ -90,6 +91,7 @@ class Application:
             pool=pool,
             admission=self.admission,
             healthy=self.whole.healthy,
+            alive=lambda: not self.stuck,
         )
         self._rest = make_fastapi(self)
         metrics.add_gauges(self._gauges)
@@ -146,6 +148,11 @@ class Application:
             traces=self._traces,
         )
         return await start_grpc(service, self.config, port, shared=shared)
+
+    @property
+    def stuck(self) -> str:
+        """Why no image can be decoded any more; empty while one can."""
+        return self._pool.why_stuck(self.config.engine_timeout_s)
 
     def begin_drain(self) -> None:
         """Say no to `/readyz`, and ask every client to reconnect (elsewhere)."""
@@ -271,7 +278,10 @@ def make_fastapi(application: Application) -> FastAPI:
 
     @api.get("/healthz", tags=["probes"], summary="Whether the process is alive")
     async def healthz() -> JSONResponse:
-        return JSONResponse({"status": "alive", "version": __version__})
+        status = application.stuck or "alive"
+        return JSONResponse(
+            {"status": status, "version": __version__}, status_code=200 if status == "alive" else 503
+        )
 
     @api.get("/readyz", tags=["probes"], summary="Whether an image gets through the whole path now")
     async def readyz() -> JSONResponse:

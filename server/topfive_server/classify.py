@@ -4,7 +4,7 @@ It bypasses FastAPI's parameter machinery, which costs as much as everything her
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
@@ -42,7 +42,7 @@ from topfive_server.receive import (
     unpack,
 )
 from topfive_server.served_model import ServedModel
-from topfive_server.waiting import wait_for_answers
+from topfive_server.waiting import wait_for_answers, wait_for_work
 
 MAX_TOP_K: Final = 100
 _PARAMETERS: Final = ("top_k", "model", "version")
@@ -141,7 +141,7 @@ class ClassifyEndpoint:
                 raise DeadlineExceededError(f"the deadline passed: {error.detail}") from None
             raise
         exchange.bytes_in = len(body)
-        uploads = await self._unpack(body, exchange.headers, ticket)
+        uploads = await self._unpack(exchange, receive, body, ticket, exchange.started + wish.timeout_s)
         ticket.add_images(len(uploads))
         exchange.images = len(uploads)
         return uploads
@@ -181,14 +181,20 @@ class ClassifyEndpoint:
             )
         return predicted_s
 
-    async def _unpack(self, body: bytes, headers: Mapping[bytes, bytes], ticket: Ticket) -> list[Upload]:
+    async def _unpack(
+        self, exchange: Exchange, receive: Receive, body: bytes, ticket: Ticket, deadline: float
+    ) -> list[Upload]:
         """Take the body apart; what it has grown by is taken up, too."""
+        headers = exchange.headers
 
         def work() -> tuple[int, list[Upload]]:
             plain = decompress(body, headers, max_bytes=self._config.max_body_bytes)
             return len(plain), unpack(plain, headers, max_images=self._config.max_images)
 
-        size, uploads = work() if is_cheap(body, headers) else await self._pool.run(work)
+        if is_cheap(body, headers):
+            size, uploads = work()
+        else:
+            size, uploads = await wait_for_work(self._pool.run(work), deadline=deadline, receive=receive)
         ticket.add_bytes(size - len(body))
         return uploads
 

@@ -13,6 +13,7 @@ from topfive_server import worker
 from topfive_server.channel import Channel, ChannelError, Handler
 from topfive_server.engine import EngineError
 from topfive_server.handover import Line
+from topfive_server.lifecycle import STOPPING
 from topfive_server.repository import ModelVersion
 from topfive_server.shares import Share
 
@@ -112,8 +113,8 @@ async def wait_for_all(attempts: Iterable[Awaitable[T]]) -> list[T]:
 @contextlib.contextmanager
 def _signals_held_back() -> Generator[None, None, None]:
     """A signal must not end a process that has not come to ignoring it; the mask is inherited, dispositions are not kept."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, worker.OBEYED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, worker.OBEYED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

@@ -5,10 +5,13 @@ by `admission`, which counts every image in flight.
 """
 
 import asyncio
+import contextlib
 import logging
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
+from functools import partial
+from time import monotonic, perf_counter
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -43,12 +46,17 @@ class DecodePool:
     """Runs `topfive.preprocessing.decode` on threads."""
 
     def __init__(self, *, threads: int, max_pixels: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._since = [float("inf")] * threads
+        """When each thread began what it does, on the monotonic clock; infinity while it waits for work."""
         self._max_pixels = max_pixels
         self._at_once = min(threads, cores(hyper_threads=True))
         self._each_s = Average()
         """Of one thread for one image."""
         self._loop = asyncio.get_running_loop()
+        for number in range(threads):
+            # Daemons, which an executor's threads are not: one that is stuck must not keep the process from ending.
+            threading.Thread(target=self._serve, args=(number,), name=f"decode-{number}", daemon=True).start()
 
     def decode(
         self,
@@ -60,9 +68,9 @@ class DecodePool:
     ) -> None:
         """Cut the central square of `side` pixels out of an image file, and call `done` on the loop."""
         waiting = [data]
-        # The executor keeps its work until a thread is free, also for nobody; the file it need not keep so long.
+        # Work stays in the queue until a thread is free, also for nobody; the file it need not keep so long.
         job.answer.add_done_callback(lambda _: waiting.clear())
-        self._threads.submit(self._decode, waiting, preprocessing, side, job, done)
+        self._work.put(partial(self._decode, waiting, preprocessing, side, job, done))
 
     def decode_here(
         self, data: bytes | memoryview, preprocessing: Preprocessing, side: int, job: Job
@@ -77,13 +85,56 @@ class DecodePool:
         """Seconds for each of many images when all threads decode, as measured; 0 while nothing is known."""
         return self._each_s.or_zero() / self._at_once
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run other long work (unpacking a large body) on one of the threads."""
-        return await self._loop.run_in_executor(self._threads, work)
+    def why_stuck(self, patience_s: float) -> str:
+        """A sentence when every thread has been at one and the same image or body for longer than so many seconds.
+
+        Empty while one is free or makes progress. A thread cannot be stopped: only a new process helps.
+        """
+        stuck_s = monotonic() - max(self._since)
+        if stuck_s <= patience_s:
+            return ""
+        return f"decoding has been stuck for {stuck_s:.0f} s in every thread; restart the process"
+
+    def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Do other long work (unpacking a large body) on one of the threads, unless the future is cancelled before."""
+        answer: asyncio.Future[T] = self._loop.create_future()
+        waiting = [work]
+        answer.add_done_callback(lambda _: waiting.clear())  # it holds the body
+        self._work.put(partial(self._run, waiting, answer))
+        return answer
 
     def close(self) -> None:
         """Forget what waits, and end the threads once they have finished what they do."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._work.get_nowait()
+        for _ in self._since:
+            self._work.put(None)
+
+    def _serve(self, number: int) -> None:
+        while (work := self._work.get()) is not None:
+            self._since[number] = monotonic()
+            work()
+            self._since[number] = float("inf")
+            del work  # and what it holds, while the thread waits for more
+
+    def _run(self, waiting: list[Callable[[], T]], answer: asyncio.Future[T]) -> None:
+        try:
+            work = waiting.pop()
+        except IndexError:
+            return  # nobody wants it any more
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001  the caller's
+            self._tell(_settle, answer, error)
+        else:
+            self._tell(_settle, answer, result)
+
+    def _tell(self, what: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the loop has been closed: the server has ended without this thread
+            self._loop.call_soon_threadsafe(what, *arguments)
 
     def _cut_out(self, data: bytes | memoryview, preprocessing: Preprocessing, side: int) -> Outcome:
         begun = perf_counter()
@@ -115,4 +166,14 @@ class DecodePool:
             pass  # nobody wants it any more
         else:
             outcome = self.decode_here(data, preprocessing, side, job)
-        self._loop.call_soon_threadsafe(done, job, outcome)
+        self._tell(done, job, outcome)
+
+
+def _settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
+    """Answer, unless nobody waits any more."""
+    if answer.done():
+        return
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)

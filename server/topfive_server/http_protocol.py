@@ -4,6 +4,7 @@
 * Trailers are counted and dropped: appended to the headers, as uvicorn does it, they would replace them.
 * What is wrong with a request is never said in the place of an earlier one's answer.
 * An answer leaves in one piece: uvicorn writes its head and its body by themselves, which costs a second system call.
+* A body in a transfer coding other than `chunked` is refused, not taken as it is.
 * A connection is not read from for a moment where the application says so.
 * A request knows how long ago its connection was answered, where the application wants to know.
 * The body of the hot route reaches the application as the chunks that came from the socket, not copied twice more.
@@ -129,6 +130,12 @@ class GuardedProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.limits.max_header_bytes:
             self._refuse(self._too_large())
+            return
+        if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers):
+            # Its body would be taken as it is. RFC 9112 section 6.1 has 501 for this: a "should", for a client's mistake.
+            self._refuse(
+                BadRequestError("Transfer-Encoding must be chunked; to compress, use Content-Encoding")
+            )
             return
         self._reading_headers = False
         if self._deaf or self.transport.is_closing():

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import signal
 import socket
 import struct
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that end the server: a supervisor's, that of Ctrl-C, and that of a terminal which is closed."""
 EXIT_LOST: Final = 1
 """Exit status: requests were cut off, because the drain time was over before they were answered."""
 _BACKLOG: Final = 2048
@@ -93,18 +96,22 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Begin to drain at the first SIGTERM or SIGINT; stop at once at the second."""
+        """Begin to drain at the first signal that ends the server; stop at once at the second.
+
+        A signal that comes after the drain, while engines close, ends the process then and there: all is answered or lost.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread only
             return
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        heeded = heeded_signals()
+        for number in heeded:
             loop.add_signal_handler(number, self.stop)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+            for number in heeded:  # until the loop is closed
+                loop.add_signal_handler(number, self._end_now)
 
     def stop(self) -> None:
         """Begin to drain; called again: stop at once."""
@@ -123,6 +130,10 @@ class Server(uvicorn.Server):
         for handshake in self._adopting:
             handshake.cancel()
         self._forced = asyncio.get_running_loop().create_task(self._stop_grpc(0.0))
+
+    def _end_now(self) -> None:
+        log.warning("ended before the engines had closed")
+        os._exit(EXIT_LOST if self.lost_requests else 0)
 
     async def _drain(self) -> None:
         self._application.begin_drain()
@@ -225,6 +236,12 @@ class Server(uvicorn.Server):
         if self.config.ssl is None:
             return {}
         return {"ssl": self.config.ssl, "ssl_handshake_timeout": self._limits.header_timeout_s}
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """Those of `STOPPING` that are acted on: all but a SIGHUP that is ignored, as `nohup` has it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOPPING if number is not signal.SIGHUP or not ignored]
 
 
 def accept_all(listener: socket.socket) -> list[socket.socket]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from topfive.errors import TopfiveError
 from topfive_server.devices import Device, DeviceError, resolve
 from topfive_server.engine import EngineError, Predictions
+from topfive_server.engine_life import CLOSE_TIMEOUT_S
 from topfive_server.onnx_engine import OnnxEngine
 from topfive_server.repository import (
     BrokenModelError,
@@ -96,9 +98,9 @@ class LocalClassifier:
             raise LocalClassifierError(str(error)) from error
 
     def close(self) -> None:
-        """Release the device; idempotent."""
-        for ended in self._engine.stop():
-            ended.result()
+        """Release the device; idempotent. An engine that hangs is left to itself after 5 s."""
+        if wait(self._engine.stop(), CLOSE_TIMEOUT_S).not_done:
+            log.warning("the engine has not closed within %g s and is left to itself", CLOSE_TIMEOUT_S)
 
     def _pixels(self, square: Image.Image) -> NDArray[np.uint8]:
         crop = self.spec.preprocessing.crop

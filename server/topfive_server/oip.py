@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from topfive._version import __version__
 from topfive_server.admission import Admission, Ticket
@@ -20,7 +20,6 @@ from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
     NotReadyError,
     RequestError,
-    TooLargeError,
 )
 from topfive_server.exchange import ANSWERED, SINCE_ANSWER, Exchange
 from topfive_server.job import Answer
@@ -35,8 +34,11 @@ from topfive_server.oip_codec import (
 )
 from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, priority_of, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
-from topfive_server.receive import ClientGoneError, Receive, read_body
+from topfive_server.receive import ClientGoneError, Receive, inflate, read_body
 from topfive_server.served_model import ServedModel
+from topfive_server.waiting import wait_for_work
+
+T = TypeVar("T")
 
 PREFIX: Final = "/v2"
 EXTENSIONS: Final = (
@@ -87,8 +89,9 @@ class OpenInference:
         pool: DecodePool,
         admission: Admission,
         healthy: Callable[[], Awaitable[bool]],
+        alive: Callable[[], bool],
     ) -> None:
-        """`healthy` is what `/v2/health/ready` says."""
+        """`healthy` is what `/v2/health/ready` says, `alive` what `/v2/health/live` does."""
         self.refusing = False
         """Set when the listener has closed; what still arrives is refused."""
         self._config = config
@@ -96,6 +99,7 @@ class OpenInference:
         self._pool = pool
         self._admission = admission
         self.healthy = healthy
+        self.alive = alive
         self.statistics: dict[tuple[str, str], Statistics] = {}
         """By model and version; the gRPC side counts here, too."""
 
@@ -138,8 +142,8 @@ class OpenInference:
             return _Reply.json({"name": "topfive", "version": __version__, "extensions": list(EXTENSIONS)})
         if path in {"/v2/health/live", "/v2/health/ready"}:
             exchange.route = path
-            live = path.endswith("live") or await self.healthy()
-            return _Reply(status=200 if live else 503, type="text/plain")
+            good = self.alive() if path.endswith("live") else await self.healthy()
+            return _Reply(status=200 if good else 503, type="text/plain")
         raise ProtocolError("Not Found", 404)
 
     def _about(self, name: str, version: str | None, action: str | None) -> _Reply:
@@ -209,7 +213,7 @@ class OpenInference:
                 raise
             statistics.add(answers, monotonic() - exchange.started)
             exchange.scope[ANSWERED] = model.remember_answer(priority_of(request), answers)
-            return await self._reply(exchange, request, model, answers)
+            return await self._reply(exchange, receive, request, model, answers)
 
     async def _receive(
         self, exchange: Exchange, receive: Receive, ticket: Ticket, model: ServedModel
@@ -217,13 +221,15 @@ class OpenInference:
         limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
         body = await read_body(receive, exchange.headers, ticket, max_bytes=limit, timeout_s=timeout_s)
         exchange.bytes_in = len(body)
-        size, request = await self._parse(exchange, body, interface_of(model, self._config))
+        size, request = await self._parse(exchange, receive, body, interface_of(model, self._config))
         ticket.add_bytes(size - len(body))
         ticket.add_images(len(request.images_NHWC))
         exchange.images = len(request.images_NHWC)
         return request
 
-    async def _parse(self, exchange: Exchange, body: bytes, interface: Interface) -> tuple[int, InferRequest]:
+    async def _parse(
+        self, exchange: Exchange, receive: Receive, body: bytes, interface: Interface
+    ) -> tuple[int, InferRequest]:
         """The body's size without its content coding, and what it says."""
         header_length = exchange.headers.get(HEADER_LENGTH.encode())
         coding = exchange.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
@@ -235,10 +241,15 @@ class OpenInference:
 
         if not coding and len(body) < _CHEAP_BYTES and header_length is not None:
             return parse()
-        return await self._pool.run(parse)
+        return await self._on_a_thread(parse, exchange, receive)
 
     async def _reply(
-        self, exchange: Exchange, request: InferRequest, model: ServedModel, answers: Sequence[Answer]
+        self,
+        exchange: Exchange,
+        receive: Receive,
+        request: InferRequest,
+        model: ServedModel,
+        answers: Sequence[Answer],
     ) -> _Reply:
         for answer in answers:
             model.observer.image_ok(0.0, answer.queue_s + answer.batch_s)
@@ -263,7 +274,12 @@ class OpenInference:
             )
 
         costly = sum(arrays[output.name].size for output in request.outputs if coding or not output.binary)
-        return encode() if costly < _CHEAP_VALUES else await self._pool.run(encode)
+        return encode() if costly < _CHEAP_VALUES else await self._on_a_thread(encode, exchange, receive)
+
+    async def _on_a_thread(self, work: Callable[[], T], exchange: Exchange, receive: Receive) -> T:
+        """Do long work outside the event loop, for as long as a request may take."""
+        deadline = exchange.started + self._config.request_timeout_s
+        return await wait_for_work(self._pool.run(work), deadline=deadline, receive=receive)
 
     def _stats(self, model: ServedModel) -> dict[str, Any]:
         key = model.info.name, model.info.version
@@ -281,16 +297,7 @@ def _decompress(body: bytes, coding: str, limit: int) -> bytes:
     window = {"gzip": 31, "x-gzip": 31, "deflate": 15}.get(coding)
     if window is None:
         raise ProtocolError("Unsupported compression type", 501)
-    inflate = zlib.decompressobj(wbits=window)
-    try:
-        plain = inflate.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise ProtocolError(f"the {coding}-compressed body is corrupt: {error}") from None
-    if len(plain) > limit:
-        raise TooLargeError(f"the body has more than {limit:,} bytes after decompression, the limit")
-    if not inflate.eof or inflate.unused_data:
-        raise ProtocolError(f"the {coding}-compressed body is truncated, or something follows it")
-    return plain
+    return inflate(body, window=window, max_bytes=limit)
 
 
 def _accepted_coding(accept: str) -> str | None:

@@ -80,8 +80,8 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         """Whether the drain time is over: calls under way are cut off."""
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        """Whether the process answers."""
-        return service_pb2.ServerLiveResponse(live=True)
+        """Whether the process can still do its work; as `/healthz`."""
+        return service_pb2.ServerLiveResponse(live=self._rest.alive())
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Whether every model is ready, and the server is not shutting down."""

@@ -107,7 +107,10 @@ ERRORS: Final = _errors()
 ANSWERS: Final[dict[str, dict[str, Any]]] = {
     "/v1/models": {"200": _json("Every version in service.", _object(models=_rows(_MODEL)))},
     "/v1/models/{name}/labels": {"200": _json("A label for each class.", _object(labels=_rows(_STRING)))},
-    "/healthz": {"200": _json("The process is alive.", _object(status={"const": "alive"}, version=_STRING))},
+    "/healthz": {
+        "200": _json("The process is alive.", _object(status={"const": "alive"}, version=_STRING)),
+        "503": _json("Only a restart helps; `status` says why.", _object(status=_STRING, version=_STRING)),
+    },
     "/readyz": {
         "200": _json("Every model answers.", _READY),
         "503": _json(

@@ -23,7 +23,7 @@ from topfive_server.devices import DeviceError, resolve_all
 from topfive_server.engine import EngineError
 from topfive_server.everywhere import Everywhere
 from topfive_server.handover import Handover, Line
-from topfive_server.lifecycle import EXIT_LOST, admit_the_last, start_listening, url_of
+from topfive_server.lifecycle import EXIT_LOST, admit_the_last, heeded_signals, start_listening, url_of
 from topfive_server.metrics import Metrics
 from topfive_server.reload import ReloadPolicy
 from topfive_server.serving import Offer, StartError, computing
@@ -31,7 +31,6 @@ from topfive_server.session import RuntimeOptions
 from topfive_server.shares import Share, divide
 from topfive_server.sums import Process, Snapshot, Sums, snapshot
 from topfive_server.whole import together
-from topfive_server.worker import OBEYED
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,8 @@ class Parent:
 
     async def _serve(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in OBEYED:
+        heeded = heeded_signals()
+        for number in heeded:
             loop.add_signal_handler(number, self._told_to_stop)
         start_listening(self._listener)
         self._handover.start()
@@ -164,7 +164,7 @@ class Parent:
         try:
             return await self._over
         finally:
-            for number in OBEYED:
+            for number in heeded:
                 loop.remove_signal_handler(number)
             log.info("stopped")
 

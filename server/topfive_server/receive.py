@@ -33,6 +33,8 @@ _CHEAP_BYTES: Final = 250_000
 """A multipart body up to this size is taken apart within a millisecond, even one that is all carriage returns."""
 _SMALL: Final = 16 * 1024
 """Bytes of a piece of a body from which on it is kept as it came."""
+_FIRST_STEP: Final = 512
+"""Bytes that a compressed stream is handed at first, if it is not the body's first; twice as many each time."""
 
 
 class ClientGoneError(Exception):
@@ -144,7 +146,7 @@ def decompress(body: bytes, headers: Mapping[bytes, bytes], *, max_bytes: int) -
     """
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding in {b"gzip", b"x-gzip"}:
-        return _gunzip(body, max_bytes)
+        return inflate(body, window=31, max_bytes=max_bytes)
     if coding != b"identity":
         name = coding.decode("latin-1")[:40]
         raise UnsupportedImageError(
@@ -176,22 +178,40 @@ def is_cheap(body: bytes, headers: Mapping[bytes, bytes]) -> bool:
     )
 
 
-def _gunzip(body: bytes, max_bytes: int) -> bytes:
-    """Decompress all members (RFC 1952 section 2.2), never holding more than `max_bytes` of output."""
+def inflate(body: bytes, *, window: int, max_bytes: int) -> bytes:
+    """Decompress one stream after the other, in time that grows with the body, never holding more than `max_bytes`.
+
+    Args:
+        body: streams without a gap; gzip calls them members (RFC 1952 section 2.2).
+        window: zlib's `wbits`: 31 for gzip, 15 for what HTTP calls deflate (RFC 1950).
+        max_bytes: of the output.
+
+    Raises:
+        BadRequestError: broken compression.
+        TooLargeError: more than `max_bytes`.
+    """
+    rest = memoryview(body)
     out: list[bytes] = []
     size = 0
-    while body:
-        member = zlib.decompressobj(wbits=31)
-        try:
-            out.append(member.decompress(body, max_bytes - size + 1))
-        except zlib.error as error:
-            raise BadRequestError(f"the gzip-compressed body is corrupt: {error}") from error
-        size += len(out[-1])
-        if size > max_bytes:
-            raise TooLargeError(f"the body has more than {max_bytes:,} bytes after decompression, the limit")
-        if not member.eof:
-            raise BadRequestError("the gzip-compressed body is truncated")
-        body = member.unused_data
+    step = len(body)  # almost always there is one stream
+    while rest:
+        stream = zlib.decompressobj(wbits=window)
+        while not stream.eof:
+            if not rest:
+                raise BadRequestError("the compressed body is truncated")
+            try:
+                out.append(stream.decompress(rest[:step], max_bytes - size + 1))
+            except zlib.error as error:
+                raise BadRequestError(f"the compressed body is corrupt: {error}") from error
+            size += len(out[-1])
+            if size > max_bytes:
+                raise TooLargeError(
+                    f"the body has more than {max_bytes:,} bytes after decompression, the limit"
+                )
+            # What a stream leaves over is a copy. It must be short where there are many streams.
+            rest = rest[min(step, len(rest)) - len(stream.unused_data) :]
+            step *= 2
+        step = _FIRST_STEP
     return b"".join(out)
 
 

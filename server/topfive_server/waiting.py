@@ -1,12 +1,43 @@
-"""Waiting for the answers to a request's images, for as long as somebody wants them."""
+"""Waiting for what is made of a request and for the answers to its images, for as long as somebody wants them."""
 
 import asyncio
 from collections.abc import Sequence
 from time import monotonic
+from typing import Any, TypeVar
 
 from topfive_server.errors import DeadlineExceededError, RequestError
 from topfive_server.job import Answer, Job
 from topfive_server.receive import ClientGoneError, Receive
+
+T = TypeVar("T")
+
+
+async def wait_for_work(work: asyncio.Future[T], *, deadline: float, receive: Receive) -> T:
+    """What comes of work on another thread; it is cancelled when nobody waits for it any more.
+
+    Args:
+        work: on the request's body or its answer.
+        deadline: on the monotonic clock.
+        receive: of the request, whose body has been read.
+
+    Raises:
+        ClientGoneError: the client left.
+        DeadlineExceededError: the deadline passed first.
+        RequestError: what the work raises.
+    """
+    watch = asyncio.get_running_loop().create_task(_gone(receive))
+    either: list[asyncio.Future[Any]] = [work, watch]
+    try:
+        left_s = max(deadline - monotonic(), 0)
+        await asyncio.wait(either, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        if watch.done():
+            raise ClientGoneError
+        raise DeadlineExceededError("the deadline passed before a thread had dealt with the request")
+    finally:
+        work.cancel()
+        watch.cancel()
 
 
 async def wait_for_answers(

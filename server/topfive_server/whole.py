@@ -34,14 +34,15 @@ class Alone:
         rows = []
         everything = not self._application.draining and any(True for _ in self._application.models)
         for model in list(self._application.models):
-            ready = await model.ready()
+            ready = not self._application.stuck and await model.ready()
             everything = everything and ready
+            why = model.health.reason or self._application.stuck or "the golden image did not come through"
             rows.append(
                 {
                     "name": model.info.name,
                     "version": model.info.version,
                     "ready": ready,
-                    "reason": model.health.reason,
+                    "reason": "" if ready else why,
                     "provider": model.info.provider,
                     "device": model.info.device,
                 }
@@ -50,7 +51,12 @@ class Alone:
 
     async def healthy(self) -> bool:
         """See `Whole`."""
-        return not self._application.draining and all(m.health.ready for m in self._application.models)
+        application = self._application
+        return (
+            not application.draining
+            and not application.stuck
+            and all(m.health.ready for m in application.models)
+        )
 
     async def metrics(self) -> bytes:
         """See `Whole`."""
@@ -114,7 +120,7 @@ def together(answers: dict[int, dict[str, Any] | str], *, draining: bool) -> dic
             workers.append({"worker": number, "ready": False, "reason": answer})
             continue
         reasons = [
-            f"{row['name']} version {row['version']}: {row['reason'] or 'the golden image was not answered'}"
+            f"{row['name']} version {row['version']}: {row['reason']}"
             for row in answer["models"]
             if not row["ready"]
         ]

@@ -31,7 +31,7 @@ from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.handover import ENDED, NOT_TAKEN, TAKEN, tell_now_and_then
 from topfive_server.http_protocol import GuardedProtocol
-from topfive_server.lifecycle import EXIT_LOST, Server
+from topfive_server.lifecycle import EXIT_LOST, STOPPING, Server
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.repository import Repository
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OBEYED: Final = (signal.SIGTERM, signal.SIGINT)
-"""Signals that the parent acts on; a terminal and systemd send them to every process."""
 _ORPHAN_S: Final = 10.0
 """Seconds beyond the drain time that a worker without a parent may still live."""
 _EXHAUSTED_S: Final = 0.1
@@ -58,9 +56,9 @@ _CLOSE_ON_EXEC: Final[int] = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 def main(share: Share, models: Path, control: socket.socket, line: socket.socket) -> None:
     """The process, from its first line of ours to its exit status."""
-    for number in OBEYED:
+    for number in STOPPING:  # the parent acts on them; a terminal and systemd send them to every process
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OBEYED)  # the parent blocked them until here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # the parent blocked them until here
     keep_large_buffers()
     gc.freeze()  # what was imported stays; the collector need not look through it again and again
     logs.configure(share.config.log_format, common={"worker": share.number})
@@ -208,7 +206,13 @@ class Worker:
     # ------------------------------------------------------------------ what it says
 
     async def health(self) -> list[list[Any]]:
-        """Name, version, whether it is ready and why not, of each version in service."""
+        """Name, version, whether it is ready and why not, of each version in service.
+
+        It ends the process where only another in its place helps; the parent starts one.
+        """
+        if not self._application.draining and (why := self._application.stuck):
+            log.error("%s", why)
+            os._exit(EXIT_LOST)
         return [[m.info.name, m.info.version, m.health.ready, m.health.reason] for m in list(self._models)]
 
     async def readiness(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ TOPFIVE = str(Path(sys.executable).with_name("topfive"))
 class Process:
     """`topfive serve` in a process of its own, on a free port."""
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
-        command = [TOPFIVE, "serve", *map(str, arguments), "--port", "0", "--device", "cpu"]
+    def __init__(
+        self, *arguments: object, command: Sequence[str] = (TOPFIVE, "serve"), **environment: str
+    ) -> None:
         self.process = subprocess.Popen(
-            command,
+            [*command, *map(str, arguments), "--port", "0", "--device", "cpu"],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
@@ -58,8 +59,10 @@ class Process:
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, *arguments: object, **environment: str) -> Iterator["Process"]:
-        process = cls(*arguments, **environment)
+    def running(
+        cls, *arguments: object, command: Sequence[str] = (TOPFIVE, "serve"), **environment: str
+    ) -> Iterator["Process"]:
+        process = cls(*arguments, command=command, **environment)
         try:
             yield process
         finally:

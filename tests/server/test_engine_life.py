@@ -351,7 +351,7 @@ def test_a_golden_image_that_is_not_answered_in_time_is_no_error_of_ours(
         model.batcher.last_success = float("-inf")
         free = threading.Event()
         for _ in range(2):  # both decode threads are busy
-            shop.pool._threads.submit(free.wait, 20)
+            shop.pool.run(lambda: free.wait(20))
         try:
             assert not await model.ready()
         finally:

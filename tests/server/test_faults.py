@@ -80,6 +80,27 @@ def test_what_is_no_http_gets_400_and_a_sentence(server: Harness, data: bytes) -
     assert (reply.status, reply.code) == (400, "bad-request")
 
 
+@pytest.mark.parametrize("path", [b"/v1/classify", b"/v2/models/fake/infer", b"/healthz"])
+@pytest.mark.parametrize(
+    "coding", [b"gzip, chunked", b"gzip\r\nTransfer-Encoding: chunked", b"deflate,chunked"]
+)
+def test_a_body_in_a_transfer_coding_that_is_not_understood_is_refused(
+    server: Harness, path: bytes, coding: bytes
+) -> None:
+    packed = gzip.compress(picture(5))
+    chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(packed), packed)
+    reply = server.raw(
+        b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: %b\r\n\r\n%b" % (path, coding, chunk)
+    )
+    assert (reply.status, reply.code) == (400, "bad-request")
+    assert "Transfer-Encoding" in reply.json["detail"]
+
+
+def test_transfer_codings_have_no_case(server: Harness) -> None:
+    chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(picture(5)), picture(5))
+    assert server.raw(POST + b"Transfer-Encoding: Chunked\r\n\r\n" + chunk).classes == [5]
+
+
 def test_no_content_length_is_an_empty_body(server: Harness) -> None:
     reply = server.raw(POST + b"\r\n")
     assert (reply.status, reply.code) == (400, "bad-request")

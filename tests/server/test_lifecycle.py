@@ -14,7 +14,7 @@ import pytest
 from tests.server.fakes import FakeEngine, picture
 from tests.server.harness import Harness, eventually, read_reply, serving
 from tests.server.onnx_models import write_model
-from tests.server.real_server import Load, Process, run
+from tests.server.real_server import TOPFIVE, Load, Process, run
 
 from topfive_server import cli, logs
 from topfive_server.config import ServerConfig
@@ -120,6 +120,22 @@ def test_a_second_signal_stops_at_once(repository: Path) -> None:
         process.process.send_signal(signal.SIGINT)
         eventually(lambda: any(line["message"] == "draining" for line in process.log))
         assert process.stop(signal.SIGINT, timeout_s=10) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_terminal_that_is_closed_drains_as_sigterm_does(repository: Path, processes: int) -> None:
+    with Process.running(repository, "--drain-delay-s", 0, "--processes", processes) as process:
+        assert process.stop(signal.SIGHUP) == 0
+        messages = [line["message"] for line in process.log]
+        assert "draining" in messages
+        assert messages[-1] == "stopped"
+
+
+def test_under_nohup_the_server_outlives_its_terminal(repository: Path) -> None:
+    with Process.running(repository, "--drain-delay-s", 0, command=("nohup", TOPFIVE, "serve")) as process:
+        process.process.send_signal(signal.SIGHUP)
+        assert process.request("GET", "/healthz")[0] == 200
+        assert process.stop() == 0
 
 
 def test_a_second_signal_cuts_off_what_is_under_way() -> None:

@@ -1,12 +1,17 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.server.harness import eventually
 from tests.server.onnx_models import expected_scores, make_spec, random_images, write_model
 
+from topfive_server import local
 from topfive_server.local import LocalClassifier, LocalClassifierError
+from topfive_server.onnx_engine import OnnxEngine
 from topfive_server.repository import Repository
 
 
@@ -109,3 +114,29 @@ def test_a_failing_batch_is_one_of_our_errors(tmp_path: Path) -> None:
     with pytest.raises(LocalClassifierError, match="Gather"):
         classifier.classify_batch([Image.new("RGB", (12, 12), "white")])
     assert len(classifier.classify_batch(squares(2))) == 2
+
+
+def test_an_engine_that_hangs_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model(tmp_path)
+    classifier = open_local(tmp_path)
+    free = threading.Event()
+    perform = OnnxEngine._perform
+
+    def hang(self: OnnxEngine, *arguments: Any) -> None:
+        free.wait(30)
+        perform(self, *arguments)
+
+    monkeypatch.setattr(OnnxEngine, "_perform", hang)
+    monkeypatch.setattr(local, "CLOSE_TIMEOUT_S", 0.1)
+    with ThreadPoolExecutor(2) as threads:
+        answer = threads.submit(classifier.classify_batch, squares(1))
+        try:
+            eventually(classifier._engine._jobs.empty)
+            threads.submit(classifier.close).result(10)
+            assert not answer.done()
+            assert "left to itself" in caplog.text
+        finally:
+            free.set()
+    assert len(answer.result()) == 1
