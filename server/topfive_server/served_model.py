@@ -27,6 +27,7 @@ from topfive_server.errors import RequestError
 from topfive_server.job import Answer, Job, Priority
 from topfive_server.metrics import ModelObserver
 from topfive_server.session import one_line
+from topfive_server.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,11 @@ class ServedModel:
     def input_side(self) -> int:
         """Side of the square that the graph takes, in pixels."""
         return self._input_side
+
+    @property
+    def tally(self) -> Tally:
+        """How its engine has fared since it was last built."""
+        return self.batcher.tally
 
     async def start(self) -> None:
         """Build the engine, warm it up and send the golden image through the whole path.
