@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from topfive.allocator import give_back_free_memory
 from topfive_server.admission import Loops, WaitLimit
 from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
@@ -226,6 +227,8 @@ class ServedModel:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
         await self._release(patience_s=self._config.request_timeout_s if patience_s is None else patience_s)
+        # Else every version that is replaced leaves holes, up to hundreds of megabytes (docs/lab-notes.md).
+        await asyncio.to_thread(give_back_free_memory)
 
     async def _release(self, *, patience_s: float) -> None:
         try:
