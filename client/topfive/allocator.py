@@ -34,3 +34,15 @@ def keep_large_buffers(at_most: int = 256 * 2**20) -> bool:
     except (AttributeError, OSError, TypeError):  # musl has none; Windows has no such library
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP) and mallopt(_M_TRIM_THRESHOLD, at_most))
+
+
+def give_back_free_memory() -> None:
+    """Give to the kernel what is free in every thread's heap: for when something large is gone for good.
+
+    Takes up to a tenth of a second after a model of 244 MB. Where the C library is not glibc, nothing happens.
+    """
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # as above
+        return
+    malloc_trim(0)

@@ -37,6 +37,7 @@ from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotR
 from topfive_server.estimate import BatchTimes, Forecast
 from topfive_server.job import PRIORITIES, Answer, Job, Observer, Priority, Queue
 from topfive_server.lone import LoneImage
+from topfive_server.tally import Tally
 from topfive_server.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Batcher:
         self.times = BatchTimes()
         self.last_success = float("-inf")
         """When a batch last came back whole, on the monotonic clock."""
-        self.dead_because = ""
+        self.dead_because, self.tally = "", Tally()
         self._engine = engine
         self._observer = observer
         self._on_dead = on_dead
@@ -163,9 +164,8 @@ class Batcher:
             self._lone_failed(lone, error)
         else:
             # Not a task: what would be run for it is part of what this way saves.
-            answer.add_done_callback(
-                lambda done: self._loop.call_soon_threadsafe(self._lone_done, lone, done)
-            )
+            done = partial(self._lone_done, lone)
+            answer.add_done_callback(partial(self._loop.call_soon_threadsafe, done))
 
     def submit(self, job: Job) -> None:
         """An expected image is decoded; its answer will come to `job.answer`."""
@@ -353,14 +353,15 @@ class Batcher:
         if len(batch) > 1:
             log.warning("a batch of %d failed and is halved: %s", len(batch), error)
             return batch[: len(batch) // 2], batch[len(batch) // 2 :]
+        self.tally.failed += 1
         unforeseen = None if isinstance(error, EngineError) else error
         log.error("the engine failed on an image: %s", error, exc_info=unforeseen)
         batch[0].fail(EngineFailedError("the engine failed on this image; other images are not affected"))
         return ()
 
     def _deliver(self, batch: list[Job], predictions: Predictions, started: float) -> None:
-        now = monotonic()
-        self.last_success = now
+        now = self.last_success = monotonic()
+        self.tally.answered += len(batch)
         self.times.observe(len(batch), now - started)
         self._observer.batch_done(len(batch), now - started)
         for row, job in enumerate(batch):

@@ -88,7 +88,7 @@ async def run(
         policy=ReloadPolicy(keep=config.versions, canary_share=config.canary_percent / 100),
         count=lambda result: metrics.reloads.labels(result).inc(),
     )
-    watch: asyncio.Task[None] | None = None
+    tasks: list[asyncio.Task[None]] = []
     traces = make_traces() if config.traces else None
     try:
         application = Application(
@@ -107,16 +107,17 @@ async def run(
         )
         for version in await offer.start(loader.load):
             reloader.adopt(version)
+        tasks.append(asyncio.create_task(reloader.guard_canaries()))
         if config.watch:
-            watch = asyncio.create_task(reloader.watch(config.watch_interval_s))
+            tasks.append(asyncio.create_task(reloader.watch(config.watch_interval_s)))
         await server.serve(sockets=[listener])
         if traces is not None:
             await traces.close(server.drain_left_s)
         log.info("stopped")
         return EXIT_LOST if server.lost_requests else 0
     finally:
-        if watch is not None:
-            watch.cancel()
+        for task in tasks:
+            task.cancel()
         await close_all(models)
         pool.close()
 

@@ -23,7 +23,7 @@ class ServerConfig:
     device: str = "auto"
     """What computes: `auto` (the GPUs where there are any, else the CPU), `cpu`, `cuda` (all GPUs) or `cuda:1` (one)."""
     model: str = ""
-    """Name of the model that answers when a request names none; empty: the only one, or the first by name."""
+    """Name of the model that answers when a request names none; empty: the first by name, as long as it is served."""
     versions: int = 1
     """Newest versions of each model to keep in service; `?version=` picks one."""
     watch: bool = False

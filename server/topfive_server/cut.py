@@ -5,20 +5,26 @@ little arithmetic (Krizhevsky, "One weird trick for parallelizing convolutional 
 So several cores are best used differently in the two (`network`).
 """
 
+import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, BinaryIO, Final
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 from onnx.helper import make_graph, make_model, tensor_dtype_to_np_dtype
-from onnx.numpy_helper import to_array
 from onnx.shape_inference import infer_shapes
 from onnxruntime import OrtValue
 
+from topfive_server.onnx_header import Field, fields
 from topfive_server.session import Graph
 
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+"""Fields of ModelProto, GraphProto and TensorProto (onnx.proto3)."""
 _DENSE: Final = frozenset({"Gemm", "MatMul"})
 _LARGE: Final = 1 << 20
 """Bytes from which on weights are handed to ONNX Runtime as they are, instead of within a serialised model."""
@@ -50,13 +56,13 @@ def cut(path: Path, outputs: Iterable[str]) -> Halves:
     Raises:
         CutError: it has no dense layer, or what comes behind the first one reads more than that one does.
         OSError: it cannot be read.
+        OnnxHeaderError,
         google.protobuf.message.DecodeError, onnx.shape_inference.InferenceError: it is no valid ONNX file.
     """
-    model = onnx.load(path, load_external_data=False)
-    if any(map(uses_external_data, model.graph.initializer)):
+    model, weights = _read(path)
+    if any(uses_external_data(one) for one in model.graph.initializer if one.name not in weights):
         raise CutError("its weights are in other files")
     tensor = _before_the_dense_layers(model.graph)
-    weights = _take_out_weights(model.graph)
     images, wanted = list(model.graph.input), set(outputs)
     convolutional = infer_shapes(_part(model, images, [onnx.ValueInfoProto(name=tensor)]))
     between = convolutional.graph.output[0]
@@ -82,16 +88,52 @@ def _before_the_dense_layers(graph: onnx.GraphProto) -> str:
     raise CutError("it has no dense layer")
 
 
-def _take_out_weights(graph: onnx.GraphProto) -> dict[str, OrtValue]:
-    """The large weights, which are 200 MB and more: the graph refers to them by name from here on."""
-    weights = {}
-    for initializer in graph.initializer:
-        if len(initializer.raw_data) >= _LARGE:
-            weights[initializer.name] = OrtValue.ortvalue_from_numpy(to_array(initializer))
-            initializer.ClearField("raw_data")
-            initializer.data_location = onnx.TensorProto.EXTERNAL
-            initializer.external_data.add(key="location", value="in memory")
-    return weights
+def _read(path: Path) -> tuple[onnx.ModelProto, dict[str, OrtValue]]:
+    """The model without its large weights, which are 200 MB and more and to which it refers by name, and these.
+
+    They are read past the protobuf library: while it parses and copies them, no other thread of the interpreter runs, and
+    a server answers nobody.
+    """
+    model, weights = onnx.ModelProto(), {}
+    with path.open("rb") as file:
+        for field in fields(file, 0, os.fstat(file.fileno()).st_size):
+            if field.number != _GRAPH:
+                model.MergeFromString(_bytes(file, field))
+                continue
+            for part in fields(file, field.start, field.stop):
+                if part.number == _INITIALIZER and part.stop - part.start >= _LARGE:
+                    tensor = model.graph.initializer.add()
+                    weight = _read_tensor(file, part, tensor)
+                    if weight is not None:
+                        weights[tensor.name] = OrtValue.ortvalue_from_numpy(weight)
+                else:
+                    model.graph.MergeFromString(_bytes(file, part))
+    return model, weights
+
+
+def _read_tensor(file: BinaryIO, part: Field, tensor: onnx.TensorProto) -> NDArray[Any] | None:
+    """Read all but the numbers into `tensor`, and these, where they are many, into an array."""
+    raw = None
+    for field in fields(file, part.start, part.stop):
+        if field.number == _RAW_DATA and field.stop - field.start >= _LARGE:
+            raw = field
+        else:
+            tensor.MergeFromString(_bytes(file, field))
+    if raw is None:
+        return None
+    numbers = np.empty(math.prod(tensor.dims), tensor_dtype_to_np_dtype(tensor.data_type))
+    file.seek(raw.start)
+    if numbers.nbytes != raw.stop - raw.start or file.readinto(numbers.view(np.uint8)) != numbers.nbytes:  # type: ignore[attr-defined]
+        raise CutError(f"{tensor.name} is not as long as its shape says")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="in memory")
+    return numbers.reshape(tensor.dims)
+
+
+def _bytes(file: BinaryIO, field: Field) -> bytes:
+    """A field as it is in the file, tag and all."""
+    file.seek(field.begin)
+    return file.read(field.stop - field.begin)
 
 
 def _part(

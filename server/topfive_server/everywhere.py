@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from topfive_server.channel import ChannelError
 from topfive_server.crew import WorkerProcess, wait_for_all
 from topfive_server.engine import EngineError
-from topfive_server.reload import Found, Reloader, ReloadPolicy
+from topfive_server.folder import Found
+from topfive_server.reload import Reloader, ReloadPolicy
 from topfive_server.repository import ModelVersion
 from topfive_server.served_model import Health
+from topfive_server.tally import Tally
 
 if TYPE_CHECKING:
     from topfive_server.canary import Canary
@@ -32,6 +34,7 @@ class InService:
         self.version = version
         self.fingerprint = fingerprint
         self.health = Health(ready=True, reason="")
+        self.tally = Tally()
         self._remove = remove
 
     async def close(self) -> None:
@@ -59,8 +62,8 @@ class Versions:
         return sorted(self._versions)
 
     def everything(self) -> list[InService]:
-        """Every version of every model."""
-        return [entry for name in self.names() for entry in self._versions[name].values()]
+        """Every version of every model; of the models the one longest in service first, which may be the default."""
+        return [entry for versions in self._versions.values() for entry in versions.values()]
 
     def remove(self, name: str, version: str) -> InService | None:
         """Take a version out and return it."""
@@ -78,16 +81,17 @@ class Versions:
         }
 
     def note_health(self, rows: dict[int, list[list[Any]]]) -> None:
-        """What the workers say of their versions, by worker: one that is not ready speaks for all."""
+        """What the workers say of their versions, by worker: one that is not ready speaks for all, failures add up."""
         for entry in self.everything():
             key = [entry.version.name, entry.version.version]
-            reasons = [
-                f"worker {number}: {reason}"
-                for number, versions in rows.items()
-                for *named, ready, reason in versions
-                if named == key and not ready
+            said = [
+                (number, row[2:]) for number, versions in rows.items() for row in versions if row[:2] == key
             ]
+            reasons = [f"worker {number}: {reason}" for number, (ready, reason, *_) in said if not ready]
             entry.health.ready, entry.health.reason = not reasons, "; ".join(reasons)
+            entry.tally = Tally(
+                answered=sum(row[2] for _, row in said), failed=sum(row[3] for _, row in said)
+            )
 
 
 class Everywhere:

@@ -97,7 +97,7 @@ class Metrics:
         )
         self.reloads = Counter(
             "topfive_reloads",
-            "Model versions taken into service, removed or refused while running.",
+            "Model versions taken into service, removed, refused or rolled back (and why) while running.",
             ["result"],
             registry=r,
         )

@@ -15,7 +15,7 @@ class Models:
     """Served versions by name; swapped between two requests, so that no request sees half a change."""
 
     def __init__(self, default: str = "") -> None:
-        """`default` names the model that answers when a request names none; empty: the first by name."""
+        """`default` names the model that answers when a request names none; empty: the one longest in service."""
         self._default = default
         self._versions: dict[str, dict[str, ServedModel]] = {}
         self.canaries: dict[str, Canary] = {}
@@ -51,7 +51,8 @@ class Models:
 
     def default_name(self) -> str:
         """Name of the model that answers when none is named; empty when there is none."""
-        return self._default or min(self._versions, default="")
+        # Not the first by name: a model that is added while running would become the default by what it is called.
+        return self._default or next(iter(self._versions), "")
 
     def is_default(self, model: ServedModel) -> bool:
         """Whether it answers requests that name neither model nor version."""
@@ -86,6 +87,8 @@ class Models:
     ) -> ServedModel:
         """The version that answers a request: as `get`, but a canary gets its share.
 
+        A canary whose engine has died gets none.
+
         `before`: what was picked for the same request, which has been arriving since. It stays, unless it has gone out
         of service: a canary counts a request once, and who was let in by one version is answered by it.
 
@@ -97,9 +100,17 @@ class Models:
             if self._versions.get(info.name, {}).get(info.version) is before:
                 return before
         if version is None and self.canaries:
-            canary = self.canaries.get(self.default_name() if name is None else name)
-            version = None if canary is None else canary.pick()
+            version = self._drawn(self.default_name() if name is None else name)
         return self.get(name, version)
+
+    def _drawn(self, name: str) -> str | None:
+        """The version for the next request; None where nothing is on trial."""
+        canary = self.canaries.get(name)
+        if canary is None:
+            return None
+        trial = self._versions.get(name, {}).get(canary.version)
+        drawn = canary.pick()
+        return canary.stable if trial is None or not trial.health.ready else drawn
 
     def _default_version(self, name: str) -> str:
         canary = self.canaries.get(name)

@@ -50,10 +50,12 @@ class OnnxHeader:
 
 
 @dataclass(frozen=True)
-class _Field:
+class Field:
     """One protobuf field: a number, or the span of a string, message or packed list within the file."""
 
     number: int
+    begin: int
+    """Of its tag; `start` is that of what it holds."""
     start: int
     stop: int
     value: int | None
@@ -74,16 +76,16 @@ def read_header(path: Path) -> OnnxHeader:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise OnnxHeaderError("is empty (0 bytes)")
-        for field in _fields(file, 0, size):
+        for field in fields(file, 0, size):
             if field.number == 7 and field.value is None:  # ModelProto.graph
                 graphs += 1
-                for part in _fields(file, field.start, field.stop):
+                for part in fields(file, field.start, field.stop):
                     if part.number == 11 and part.value is None:  # GraphProto.input
                         inputs.append(_tensor_info(file, part))
                     elif part.number == 12 and part.value is None:  # GraphProto.output
                         outputs.append(_tensor_info(file, part))
             elif field.number == 14 and field.value is None:  # ModelProto.metadata_props
-                entry = {part.number: part for part in _fields(file, field.start, field.stop)}
+                entry = {part.number: part for part in fields(file, field.start, field.stop)}
                 if 1 in entry:
                     metadata[_text(file, entry[1])] = _text(file, entry[2]) if 2 in entry else ""
     if graphs != 1:
@@ -91,17 +93,17 @@ def read_header(path: Path) -> OnnxHeader:
     return OnnxHeader(metadata=metadata, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def _tensor_info(file: BinaryIO, value_info: _Field) -> TensorInfo:
+def _tensor_info(file: BinaryIO, value_info: Field) -> TensorInfo:
     """ValueInfoProto: name = 1, type = 2; TypeProto.tensor_type = 1; Tensor: elem_type = 1, shape = 2."""
     name, element_type, shape = "", 0, None
-    for field in _fields(file, value_info.start, value_info.stop):
+    for field in fields(file, value_info.start, value_info.stop):
         if field.number == 1:
             name = _text(file, field)
         elif field.number == 2:
-            for kind in _fields(file, field.start, field.stop):
+            for kind in fields(file, field.start, field.stop):
                 if kind.number != 1:
                     continue
-                for part in _fields(file, kind.start, kind.stop):
+                for part in fields(file, kind.start, kind.stop):
                     if part.number == 1 and part.value is not None:
                         element_type = part.value
                     elif part.number == 2:
@@ -109,12 +111,12 @@ def _tensor_info(file: BinaryIO, value_info: _Field) -> TensorInfo:
     return TensorInfo(name=name, element_type=element_type, shape=shape)
 
 
-def _dimensions(file: BinaryIO, shape: _Field) -> Iterator[int | str]:
+def _dimensions(file: BinaryIO, shape: Field) -> Iterator[int | str]:
     """TensorShapeProto.dim = 1; Dimension: dim_value = 1, dim_param = 2."""
-    for dim in _fields(file, shape.start, shape.stop):
+    for dim in fields(file, shape.start, shape.stop):
         if dim.number == 1:
             value: int | str = ""
-            for part in _fields(file, dim.start, dim.stop):
+            for part in fields(file, dim.start, dim.stop):
                 if part.number == 1 and part.value is not None:
                     value = part.value
                 elif part.number == 2 and part.value is None:
@@ -122,7 +124,7 @@ def _dimensions(file: BinaryIO, shape: _Field) -> Iterator[int | str]:
             yield value
 
 
-def _fields(file: BinaryIO, start: int, stop: int) -> Iterator[_Field]:
+def fields(file: BinaryIO, start: int, stop: int) -> Iterator[Field]:
     """The fields of the message that fills bytes `start` to `stop`; the caller may seek in between."""
     position = start
     while position < stop:
@@ -148,7 +150,7 @@ def _fields(file: BinaryIO, start: int, stop: int) -> Iterator[_Field]:
             raise OnnxHeaderError(
                 f"is cut off or corrupt: it holds {stop:,} bytes and needs at least {end:,}"
             )
-        yield _Field(number, begin, end, value)
+        yield Field(number, position, begin, end, value)
         position = end
 
 
@@ -164,7 +166,7 @@ def _varint(file: BinaryIO) -> int:
     raise OnnxHeaderError("is not an ONNX file")
 
 
-def _text(file: BinaryIO, field: _Field) -> str:
+def _text(file: BinaryIO, field: Field) -> str:
     if field.stop - field.start > _MAX_TEXT:
         raise OnnxHeaderError(f"has a text of {field.stop - field.start:,} bytes in its header")
     file.seek(field.start)

@@ -123,11 +123,10 @@ class Parent:
         try:
             await self._start()
             tasks += [asyncio.create_task(self._keep(worker)) for worker in [*self._workers.values()]]
-            tasks.append(asyncio.create_task(self._heartbeat()))
+            reloader = self._everywhere.reloader
+            tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(reloader.guard_canaries())]
             if self._config.watch:
-                tasks.append(
-                    asyncio.create_task(self._everywhere.reloader.watch(self._config.watch_interval_s))
-                )
+                tasks.append(asyncio.create_task(reloader.watch(self._config.watch_interval_s)))
             return await self._serve()
         finally:
             for task in tasks:
@@ -260,7 +259,7 @@ class Parent:
         """Whether every version is ready in every worker."""
         answers = await self._from_all("health")
         return self._draining is None and all(
-            not isinstance(rows, str) and rows and all(ready for _, _, ready, _ in rows)
+            not isinstance(rows, str) and rows and all(ready for _, _, ready, *_ in rows)
             for rows in answers.values()
         )
 

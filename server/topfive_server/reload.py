@@ -2,24 +2,26 @@
 
 A new version is read, warmed up and shown the golden image beside the versions that serve; only then does it take
 over, at once or as a canary with a share of the requests. The old version answers what it has accepted, and goes. A
-version that fails anywhere on that way, or that dies as a canary, is refused: the old one stays, and the reason is
-kept until the version's files change. A version whose folder is removed is taken out, if another can answer instead.
+version that fails anywhere on that way, or that dies or fails more often than the old one as a canary, is refused: the
+old one stays, and the reason is kept until the version's files change. A version whose folder is removed is taken out,
+if another can answer instead.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 from topfive_server.canary import Canary
-from topfive_server.devices import Device, DeviceError
+from topfive_server.devices import DeviceError
 from topfive_server.engine import EngineError, EngineInfo
 from topfive_server.errors import RequestError
-from topfive_server.repository import ModelVersion, Repository, RepositoryError, oldest_first
+from topfive_server.folder import Found, Key, Signature, key_of, signature
+from topfive_server.repository import ModelVersion, RepositoryError, oldest_first
 from topfive_server.session import one_line
-from topfive_server.variants import Choice, Refused, Wanted, choose
+from topfive_server.tally import Tally
+from topfive_server.variants import Choice
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +30,8 @@ async def _nothing() -> None:
     """What happens around a change where there is one process."""
 
 
-Key: TypeAlias = tuple[str, str]
-"""Name and version, as clients know them."""
-Signature: TypeAlias = tuple[tuple[str, int, int], ...]
-"""Path, size and modification time of each file of a version: equal signatures, same files."""
-
+GUARD_INTERVAL_S: Final = 0.5
+"""Seconds between two looks at how canaries fare."""
 _FAILURES: Final = (EngineError, DeviceError, RequestError, RepositoryError, OSError, TimeoutError)
 
 
@@ -41,6 +40,7 @@ class Served(Protocol):
 
     info: EngineInfo
     health: Any
+    tally: Tally
 
     async def close(self) -> None:
         """Answer what has been accepted, then release the device."""
@@ -79,46 +79,6 @@ class ReloadPolicy:
             raise ValueError(f"canary_share is {self.canary_share}; it must be at least 0 and below 1")
 
 
-class Found(NamedTuple):
-    """One look at the folder."""
-
-    choices: list[Choice]
-    refused: list[Refused]
-
-
-def find(repository: Repository, device: Device, wanted: Wanted) -> Found:
-    """What the folder offers: for each version the graph that would serve, or why none can.
-
-    Raises:
-        RepositoryError: the folder cannot be read, or holds no model at all.
-    """
-    good, broken = repository.read_all()
-    choices, refused = choose(good, device, wanted)
-    offered = {(choice.version.name, choice.version.version) for choice in choices}
-    # A broken variant beside a whole one of the same version matters only to whoever looks at the log.
-    refused += [
-        Refused(
-            e.name, e.version, f"{e}; or remove {repository.root / e.name / e.version} to serve without it"
-        )
-        for e in broken
-        if (e.name, e.version) not in offered
-    ]
-    return Found(choices, refused)
-
-
-def signature(version: ModelVersion) -> Signature:
-    """The files of one version, as they are now."""
-    return _signature(version.path.parent)
-
-
-def _signature(folder: Path) -> Signature:
-    try:
-        stats = [(str(path), path.stat()) for path in sorted(folder.iterdir())]
-    except OSError:
-        return ()
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
 class Reloader:
     """Looks at the folder and changes what is in service; one look at a time."""
 
@@ -140,8 +100,9 @@ class Reloader:
             load: brings one version into service, or raises and changes nothing.
             models: what is in service.
             policy: how many versions stay, and how a new one takes over.
-            count: told `loaded`, `refused`, `removed` or `rolled-back` for the metrics.
-            before: awaited before every look, which heeds each version's `health`.
+            count: told `loaded`, `refused`, `removed` or `rolled-back-...` (`dead`, `failing`, `by-operator`) for the
+                metrics.
+            before: awaited before the versions' `health` and `tally` are heeded.
             after: awaited when canaries or their shares may have changed.
         """
         self._find = find
@@ -164,44 +125,54 @@ class Reloader:
 
     async def watch(self, interval_s: float) -> None:
         """Look every `interval_s` seconds, for ever. A version is loaded once its files have stopped changing."""
-        while True:
-            await asyncio.sleep(interval_s)
-            try:
-                await self.look(settled_only=True)
-            except Exception as error:
-                unexpected = not isinstance(error, _FAILURES)
-                log.error("the models folder was not looked at: %s", one_line(error), exc_info=unexpected)  # noqa: TRY400
+
+        async def look() -> None:
+            await self.look(settled_only=True)
+
+        await _again_and_again(look, interval_s, "the models folder was not looked at")
+
+    async def guard_canaries(self) -> None:
+        """Take canaries back soon after they have died or failed clearly more often than the stable version, for ever."""
+
+        async def guard() -> None:
+            if not self._models.canaries:
+                return
+            await self._before()
+            async with self._lock:
+                changed = self._roll_back_bad_canaries()
+            if changed:
+                await self._after()
+
+        await _again_and_again(guard, GUARD_INTERVAL_S, "the canaries were not looked after")
 
     async def look(self, *, settled_only: bool = False) -> list[dict[str, Any]]:
         """Bring what is in service in step with the folder, and return `status`.
 
         Versions refused before are tried again, unless `settled_only`: then only when their files have changed, and
-        nothing is loaded whose files changed since the last look.
+        nothing is loaded or refused whose files changed since the last look: they may be being copied.
 
         Raises:
             RepositoryError: the folder cannot be read or is empty; nothing has changed.
         """
         await self._before()
         async with self._lock:
-            self._roll_back_dead_canaries()
+            self._roll_back_bad_canaries()
             found = await asyncio.to_thread(self._find)
-            signatures = await asyncio.to_thread(
-                lambda: {_key(c.version): signature(c.version) for c in found.choices}
-            )
             offered: dict[str, list[Choice]] = {}
             for choice in found.choices:
                 offered.setdefault(choice.version.name, []).append(choice)
             for refused in found.refused:
-                self._refuse((refused.name, refused.version), (), refused.reason)
+                key = refused.name, refused.version
+                if not settled_only or self._seen.get(key) == found.signatures[key]:
+                    self._refuse(key, found.signatures[key], refused.reason)
             for name, choices in offered.items():
-                await self._update(name, choices, signatures, settled_only=settled_only)
+                await self._update(name, choices, found.signatures, settled_only=settled_only)
             # In this order: a version whose successor was removed is back before that one goes.
-            self._remove_vanished(offered)
+            self._remove_vanished(offered, found.signatures)
             for name in offered:
                 self._retire(name)
-            self._seen = signatures
-            there = {*signatures, *((r.name, r.version) for r in found.refused)}
-            self._refused = {key: row for key, row in self._refused.items() if key in there}
+            self._seen = found.signatures
+            self._refused = {key: row for key, row in self._refused.items() if key in self._seen}
         await self._after()
         return self.status()
 
@@ -218,7 +189,7 @@ class Reloader:
             if not 0 <= share <= 1:
                 raise ValueError(f"share is {share}; it must be between 0 and 1")
             if share == 0:
-                self._roll_back(name, canary, "taken back by an operator")
+                self._roll_back(name, canary, "by-operator", "taken back by an operator")
             elif share == 1:
                 del self._models.canaries[name]
                 log.info("the canary %s version %s takes over", name, canary.version)
@@ -263,7 +234,7 @@ class Reloader:
     ) -> None:
         """Load what is new among the newest versions."""
         for choice in choices[-self._policy.keep :]:
-            key = _key(choice.version)
+            key = key_of(choice.version)
             files = signatures[key]
             if self._loaded.get(key) == files and key[1] in self._models.versions(name):
                 continue
@@ -291,7 +262,7 @@ class Reloader:
                 del self._models.canaries[name]
 
     async def _bring_in(self, choice: Choice, files: Signature) -> bool:
-        key = _key(choice.version)
+        key = key_of(choice.version)
         try:
             await self._load(choice.version)
         except Exception as error:
@@ -319,16 +290,14 @@ class Reloader:
         for version in settled[: -self._policy.keep]:
             self._take_out((name, version))
 
-    def _remove_vanished(self, offered: dict[str, list[Choice]]) -> None:
+    def _remove_vanished(self, offered: dict[str, list[Choice]], there: Container[Key]) -> None:
         """Take out what is no longer in the folder, as long as something can answer in its place."""
         for name in self._models.names():
-            there = {choice.version.version for choice in offered.get(name, [])}
             versions = self._models.versions(name)
             others = any(other != name and other in offered for other in self._models.names())
             for version in oldest_first(versions):
-                refused = (name, version) in self._refused
                 last = len(self._models.versions(name)) == 1 and not (others and not offered.get(name))
-                if version not in there and not refused and not last:
+                if (name, version) not in there and not last:
                     log.info("%s version %s is gone from the models folder", name, version)
                     self._take_out((name, version))
 
@@ -351,20 +320,39 @@ class Reloader:
 
     # ------------------------------------------------------------------ canaries
 
-    def _roll_back_dead_canaries(self) -> None:
-        for name, canary in list(self._models.canaries.items()):
-            model = self._models.versions(name).get(canary.version)
-            if model is not None and not model.health.ready:
-                self._roll_back(name, canary, f"the canary failed: {model.health.reason}")
+    def _roll_back_bad_canaries(self) -> bool:
+        """Whether there were any."""
+        canaries = list(self._models.canaries.items())
+        for name, canary in canaries:
+            versions = self._models.versions(name)
+            trial, stable = versions.get(canary.version), versions.get(canary.stable)
+            if trial is None:
+                continue
+            if not trial.health.ready:
+                self._roll_back(name, canary, "dead", f"the canary died: {trial.health.reason}")
+            elif trial.tally.clearly_worse_than(Tally() if stable is None else stable.tally):
+                self._roll_back(name, canary, "failing", f"the canary's engine failed on {trial.tally}")
+        return len(self._models.canaries) < len(canaries)
 
-    def _roll_back(self, name: str, canary: Canary, reason: str) -> None:
+    def _roll_back(self, name: str, canary: Canary, why: str, reason: str) -> None:
         key = (name, canary.version)
         files = self._loaded.get(key, ())
         self._take_out(key)
         self._refused[key] = (files, reason)
-        self._count("rolled-back")
+        self._count(f"rolled-back-{why}")
         log.error("%s version %s is rolled back to version %s: %s", *key, canary.stable, reason)
 
 
-def _key(version: ModelVersion) -> Key:
-    return version.name, version.version
+async def _again_and_again(step: Callable[[], Awaitable[None]], interval_s: float, failed: str) -> None:
+    """Do something every `interval_s` seconds; what stops it is logged once, not each time."""
+    trouble = ""
+    while True:
+        await asyncio.sleep(interval_s)
+        before, trouble = trouble, ""
+        try:
+            await step()
+        except Exception as error:
+            trouble = one_line(error)
+            if trouble != before:
+                unexpected = not isinstance(error, _FAILURES)
+                log.error("%s: %s", failed, trouble, exc_info=unexpected)  # noqa: TRY400

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from topfive.allocator import give_back_free_memory
 from topfive_server.admission import Loops, WaitLimit
 from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
@@ -27,6 +28,7 @@ from topfive_server.errors import RequestError
 from topfive_server.job import Answer, Job, Priority
 from topfive_server.metrics import ModelObserver
 from topfive_server.session import one_line
+from topfive_server.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,11 @@ class ServedModel:
     def input_side(self) -> int:
         """Side of the square that the graph takes, in pixels."""
         return self._input_side
+
+    @property
+    def tally(self) -> Tally:
+        """How its engine has fared since it was last built."""
+        return self.batcher.tally
 
     async def start(self) -> None:
         """Build the engine, warm it up and send the golden image through the whole path.
@@ -220,6 +227,8 @@ class ServedModel:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
         await self._release(patience_s=self._config.request_timeout_s if patience_s is None else patience_s)
+        # Else every version that is replaced leaves holes, up to hundreds of megabytes (docs/lab-notes.md).
+        await asyncio.to_thread(give_back_free_memory)
 
     async def _release(self, *, patience_s: float) -> None:
         try:

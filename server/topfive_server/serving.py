@@ -15,11 +15,11 @@ from topfive_server.devices import Device, DeviceError, resolve_all
 from topfive_server.engine import Engine, EngineError
 from topfive_server.engine_life import EngineFactory, close_engine
 from topfive_server.errors import RequestError
+from topfive_server.folder import Found, find
 from topfive_server.many_engines import ManyEngines
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
 from topfive_server.onnx_engine import OnnxEngine
-from topfive_server.reload import Found, find
 from topfive_server.repository import ModelVersion, Repository, RepositoryError
 from topfive_server.served_model import ServedModel
 from topfive_server.session import RuntimeOptions
@@ -146,7 +146,7 @@ class Offer:
         Raises:
             RepositoryError: no such folder, no model, none of a servable kind, or a broken newest version.
         """
-        choices, refused = self.find()
+        choices, refused, _ = self.find()
         wanted: list[Choice] = []
         for name in sorted({choice.version.name for choice in choices}):
             wanted += [choice for choice in choices if choice.version.name == name][-self._config.versions :]

@@ -206,14 +206,17 @@ class Worker:
     # ------------------------------------------------------------------ what it says
 
     async def health(self) -> list[list[Any]]:
-        """Name, version, whether it is ready and why not, of each version in service.
+        """Of each version in service: name, version, whether it is ready, why not, images answered and failed.
 
         It ends the process where only another in its place helps; the parent starts one.
         """
         if not self._application.draining and (why := self._application.stuck):
             log.error("%s", why)
             os._exit(EXIT_LOST)
-        return [[m.info.name, m.info.version, m.health.ready, m.health.reason] for m in list(self._models)]
+        return [
+            [m.info.name, m.info.version, m.health.ready, m.health.reason, m.tally.answered, m.tally.failed]
+            for m in list(self._models)
+        ]
 
     async def readiness(self) -> dict[str, Any]:
         """The body of `/readyz` as if there were no other process."""

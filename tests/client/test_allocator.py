@@ -47,6 +47,30 @@ def test_large_buffers_are_reused() -> None:
     assert faults < pages / 20
 
 
+HOLES = """
+from topfive.allocator import give_back_free_memory, keep_large_buffers
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+keep_large_buffers()
+buffers = [bytearray(b"x" * (1 << 20)) for _ in range(65)]
+del buffers[:64]  # the last stands at the heap's end, in the way of what glibc would give back by itself
+held = resident()
+give_back_free_memory()
+print(held - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_is_free_below_something_in_use_is_given_back() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    output = subprocess.run(
+        [sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert int(output) > (60 << 20) // 4096
+
+
 def test_the_environment_s_own_settings_stay() -> None:
     kept, _ = run("keep", MALLOC_TRIM_THRESHOLD_="131072")
     assert kept == "False"

@@ -166,6 +166,34 @@ def test_large_weights_are_handed_over_as_they_are(tmp_path: Path, monkeypatch: 
     check(opened(np.stack(images)), images)
 
 
+def test_large_weights_do_not_go_through_the_protobuf_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the interpreter, and with it a server's event loop, while it copies them."""
+    monkeypatch.setattr(cut_module, "_LARGE", 64)
+    model, weights = cut_module._read(write_model(tmp_path))
+    large = [one for one in model.graph.initializer if one.name in weights]
+    assert large
+    for tensor in large:
+        assert not tensor.raw_data
+    originals = {one.name: one for one in onnx.load(tmp_path / "tiny" / "1" / "model.onnx").graph.initializer}
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(weight.numpy(), numpy_helper.to_array(originals[name]))
+
+
+def test_a_weight_that_is_shorter_than_its_shape_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cut_module, "_LARGE", 64)
+    path = write_model(tmp_path)
+    model = onnx.load(path)
+    largest = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+    largest.dims[0] += 1
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CutError, match=f"{largest.name} is not as long as its shape says"):
+        cut(path, OUTPUTS)
+
+
 def test_a_network_whose_weights_are_in_other_files_is_not_cut(tmp_path: Path) -> None:
     path = write_model(tmp_path)
     model = onnx.load(path)

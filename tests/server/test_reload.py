@@ -1,7 +1,8 @@
 import asyncio
 import json
+import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,19 +14,22 @@ from tests.server.fakes import CROP, FakeEngine, make_info, picture
 from tests.server.harness import eventually, read_reply, serving
 from tests.server.onnx_models import write_model
 
+from topfive_server import reload
 from topfive_server.app import Application
 from topfive_server.canary import Canary
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.devices import Device
 from topfive_server.engine import EngineError
+from topfive_server.folder import Found, find
 from topfive_server.metrics import Metrics
 from topfive_server.models import Models
-from topfive_server.reload import Found, Reloader, ReloadPolicy, find
+from topfive_server.reload import Reloader, ReloadPolicy
 from topfive_server.repository import ModelVersion, Repository, RepositoryError
 from topfive_server.served_model import ServedModel, golden_image
 from topfive_server.serving import Loader, Offer, StartError, onnx_engines
 from topfive_server.session import RuntimeOptions
+from topfive_server.tally import Tally
 
 CPU = Device(kind="cpu", reason="test")
 Start = Callable[[], Awaitable[list[ModelVersion]]]
@@ -37,6 +41,7 @@ class FakeServed:
 
     info: Any
     health: Any = field(default_factory=lambda: SimpleNamespace(ready=True, reason=""))
+    tally: Tally = field(default_factory=Tally)
     closed: bool = False
 
     async def close(self) -> None:
@@ -382,10 +387,177 @@ def test_a_canary_that_dies_is_rolled_back_and_its_reason_kept(tmp_path: Path) -
         for _ in range(3):
             await world.reloader.look(settled_only=True)
         assert world.serving() == ["1"]
-        assert world.reason("2") == "the canary failed: the engine is gone"
+        assert world.reason("2") == "the canary died: the engine is gone"
         assert world.loads == [("tiny", "1"), ("tiny", "2")]
-        assert world.counts[-2:] == ["removed", "rolled-back"]
+        assert world.counts[-2:] == ["removed", "rolled-back-dead"]
         assert world.models.get("tiny").info.version == "1"
+
+    run(scenario)
+
+
+def test_a_canary_whose_engine_fails_is_rolled_back_without_a_look_at_the_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reload, "GUARD_INTERVAL_S", 0.01)
+    stable, trial = FakeEngine(), FakeEngine(make_info(version="2"), guilty={9})
+    counts: list[str] = []
+    with serving(stable, trial) as server:
+        models = server.application.models
+        reloader = Reloader(
+            find=lambda: Found([], [], {}),
+            load=_load_nothing,
+            models=models,
+            policy=ReloadPolicy(),
+            count=counts.append,
+        )
+        models.canaries["fake"] = Canary(version="2", stable="1", share=0.5)
+        guard = server.call(_begin(reloader.guard_canaries()))
+        # Neither a bad image nor one on which the engine fails now and then condemns it.
+        for body in [b"no image"] * 40 + [picture(9)] * 2 + [picture(3)] * 40:
+            server.request("POST", "/v1/classify", body)
+        trial_model = models.get("fake", "2")
+        assert trial_model.tally.failed == 1
+        assert models.canaries
+
+        def rolled_back() -> bool:
+            server.request("POST", "/v1/classify", picture(9))
+            return not models.canaries
+
+        eventually(rolled_back)
+        assert models.versions("fake").keys() == {"1"}
+        assert [server.request("POST", "/v1/classify", picture(9)).status for _ in range(5)] == [200] * 5
+        server.on_loop(guard.cancel)
+        refused = next(row for row in reloader.status() if row["state"] == "refused")
+        assert refused["version"] == "2"
+        assert "the canary's engine failed on" in refused["reason"]
+        assert counts == ["removed", "rolled-back-failing"]
+
+
+async def _load_nothing(_: ModelVersion) -> None:
+    raise AssertionError
+
+
+async def _begin(forever: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    return asyncio.create_task(forever)
+
+
+@pytest.mark.parametrize(
+    ("trial", "stable", "worse"),
+    [
+        (Tally(0, 5), Tally(0, 0), True),
+        (Tally(0, 4), Tally(100, 0), False),  # too few to tell
+        (Tally(95, 5), Tally(400, 0), True),
+        (Tally(995, 5), Tally(400, 0), False),  # the stable version may fail as rarely
+        (Tally(90, 10), Tally(900, 100), False),
+        (Tally(50, 50), Tally(80, 20), False),
+        (Tally(50, 50), Tally(95, 5), True),
+        (Tally(100, 0), Tally(0, 100), False),
+    ],
+)
+def test_what_is_clearly_worse(trial: Tally, stable: Tally, *, worse: bool) -> None:
+    assert trial.clearly_worse_than(stable) is worse
+
+
+def test_a_canary_that_has_died_gets_no_request(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, canary_share=0.9)
+        world.add("1")
+        await world.reloader.look()
+        world.add("2")
+        await world.reloader.look()
+        canary: Any = world.models.get("tiny", "2")
+        canary.health.ready = False
+        assert {world.models.pick("tiny").info.version for _ in range(20)} == {"1"}
+
+    run(scenario)
+
+
+def test_a_link_turned_to_files_of_equal_size_and_time_is_noticed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path / "models")
+        for version in ("1", "2"):
+            write_model(tmp_path / "store", "tiny", version, seed=int(version))
+            for file in (tmp_path / "store" / "tiny" / version).iterdir():
+                os.utime(file, (1e9, 1e9))
+        link, next_link = (tmp_path / "models" / "tiny" / name for name in ("7", "next"))
+        link.parent.mkdir(parents=True)
+        link.symlink_to(tmp_path / "store" / "tiny" / "1")
+        await world.reloader.look()
+        next_link.symlink_to(tmp_path / "store" / "tiny" / "2")
+        next_link.rename(link)
+        await world.reloader.look()
+        assert world.loads == [("tiny", "7")] * 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("version", ["1", "2"], ids=["in place", "a new one"])
+def test_a_copy_under_way_is_not_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path / "models")
+        world.add("1")
+        await world.reloader.look()
+        write_model(tmp_path / "source", "tiny", version, seed=7)
+        whole = (tmp_path / "source" / "tiny" / version / "model.onnx").read_bytes()
+        path = tmp_path / "models" / "tiny" / version / "model.onnx"
+        path.parent.mkdir(exist_ok=True)
+        for part in range(1, 9):
+            path.write_bytes(whole[: len(whole) * part // 9])
+            await world.reloader.look(settled_only=True)
+            assert world.serving() == ["1"]
+        assert "refused" not in world.counts
+        for _ in range(3):  # it has come to a stop
+            await world.reloader.look(settled_only=True)
+        assert world.counts.count("refused") == 1
+        path.write_bytes(whole)
+        for _ in range(2):
+            await world.reloader.look(settled_only=True)
+        assert world.loads == [("tiny", "1"), ("tiny", version)]
+        assert world.states() == {version: "serving"}
+        assert [r.levelname for r in caplog.records].count("ERROR") == 1
+
+    run(scenario)
+
+
+def test_a_missing_folder_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path / "models")
+        looks = 0
+
+        def find() -> Found:
+            nonlocal looks
+            looks += 1
+            return world.find()
+
+        world.reloader._find = find
+        watch = asyncio.create_task(world.reloader.watch(0.001))
+        async with asyncio.timeout(20):
+            while looks < 5:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        watch.cancel()
+        assert len(caplog.records) == 1
+        assert "cannot be read" in caplog.text
+
+    run(scenario)
+
+
+def test_a_model_that_is_added_does_not_become_the_default_by_its_name(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        for name in ("tiny", "small"):
+            world.add("1", name=name)
+        await world.reloader.look()
+        assert world.models.default_name() == "small"
+        world.add("1", name="aaa")
+        world.add("2", name="small")
+        await world.reloader.look()
+        assert world.models.get().info.version == "2"
+        assert world.models.default_name() == "small"
+        shutil.rmtree(tmp_path / "small")
+        await world.reloader.look()
+        assert world.models.default_name() == "tiny"
 
     run(scenario)
 

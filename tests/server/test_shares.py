@@ -8,15 +8,19 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from tests.server.onnx_models import write_model
 
+from topfive_server import reload
+from topfive_server.canary import Canary
 from topfive_server.config import ServerConfig
 from topfive_server.devices import Device
 from topfive_server.engine import EngineError
 from topfive_server.everywhere import Everywhere
-from topfive_server.reload import Found, ReloadPolicy
+from topfive_server.folder import Found
+from topfive_server.reload import ReloadPolicy
 from topfive_server.repository import Repository
 from topfive_server.session import RuntimeOptions
 from topfive_server.shares import divide, part
 from topfive_server.sums import Process, Snapshot, Sums, snapshot
+from topfive_server.tally import Tally
 from topfive_server.whole import together
 
 
@@ -176,7 +180,7 @@ class FakeWorker:
 def everywhere(workers: list[FakeWorker]) -> Everywhere:
     return Everywhere(
         {worker.number: worker for worker in workers},  # type: ignore[misc]  # stand-ins
-        find=lambda: Found([], []),
+        find=lambda: Found([], [], {}),
         policy=ReloadPolicy(),
         count=lambda _: None,
         patience_s=1.0,
@@ -213,12 +217,51 @@ def test_the_health_of_a_version_is_that_of_the_worst(tmp_path: Path) -> None:
         await crew.load(Repository(tmp_path).read("tiny"))
         assert [worker.told for worker in workers] == [["prepare 5", "install 5"]] * 2
         (entry,) = crew.versions.everything()
-        workers[0].rows = [["tiny", "5", True, ""]]
-        workers[1].rows = [["tiny", "5", False, "it hangs"]]
+        workers[0].rows = [["tiny", "5", True, "", 10, 1]]
+        workers[1].rows = [["tiny", "5", False, "it hangs", 20, 2]]
         await crew.ask_health()
         assert (entry.health.ready, entry.health.reason) == (False, "worker 2: it hangs")
-        workers[1].rows = [["tiny", "5", True, ""]]
+        assert entry.tally == Tally(answered=30, failed=3)
+        workers[1].rows = [["tiny", "5", True, "", 10, 1]]
         await crew.ask_health()
         assert (entry.health.ready, entry.health.reason) == (True, "")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "said", [[False, "it hangs", 3, 0], [True, "", 3, 9]], ids=["it died", "its engine fails"]
+)
+def test_a_canary_that_is_bad_in_one_process_is_taken_back_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[Any]
+) -> None:
+    async def scenario() -> None:
+        for version in ("5", "6"):
+            write_model(tmp_path, version=version)
+        workers = [FakeWorker(1), FakeWorker(2)]
+        crew = everywhere(workers)
+        for version in ("5", "6"):
+            await crew.load(Repository(tmp_path).read("tiny", version))
+        crew.versions.canaries["tiny"] = Canary(version="6", stable="5", share=0.1)
+        healthy = [["tiny", "5", True, "", 100, 0], ["tiny", "6", True, "", 10, 0]]
+        workers[0].rows, workers[1].rows = healthy, [healthy[0], ["tiny", "6", *said]]
+        guard = asyncio.create_task(crew.reloader.guard_canaries())
+        async with asyncio.timeout(20):
+            while not all("remove 6" in worker.told for worker in workers):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        guard.cancel()
+        assert [*crew.versions.versions("tiny")] == ["5"]
+
+    monkeypatch.setattr(reload, "GUARD_INTERVAL_S", 0.01)
+    asyncio.run(scenario())
+
+
+def test_a_process_that_comes_back_has_the_same_default_model_as_the_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        crew = everywhere([FakeWorker(1)])
+        for name in ("tiny", "aaa"):
+            write_model(tmp_path, name, version="1")
+            await crew.load(Repository(tmp_path).read(name))
+        assert [entry.version.name for entry in crew.versions.everything()] == ["tiny", "aaa"]
 
     asyncio.run(scenario())
