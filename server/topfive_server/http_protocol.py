@@ -287,6 +287,7 @@ class GuardedProtocol(HttpToolsProtocol):
             client=self.client[0] if self.client else None,
         )
         account.status, account.code = error.status, error.code
+        account.timings["receive"] = monotonic() - account.started
         application: Application = self.app  # what `lifecycle.Server` serves
         application.accounts.close(account)
         return account.request_id

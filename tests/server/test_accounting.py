@@ -170,6 +170,7 @@ def test_what_is_refused_before_it_is_a_request_leaves_its_trace(
         assert reply.headers["x-request-id"] == id_
         line = lines.of(id_)
         assert (line["status"], line["code"], line["client"]) == (status, code, "127.0.0.1")
+        assert line["receive_ms"] >= 0
         assert "secret" not in lines.texts[0]
         eventually(lambda: requests(server, "other", status, code) == 1)
         assert latencies(server, "client", "other") == 1

@@ -180,6 +180,15 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None
     assert re.search(rf"cannot listen on 127.0.0.1 port {port}: .*in use; .*--port", message)
 
 
+def test_what_ends_a_start_is_said_in_the_form_of_the_log(tmp_path: Path) -> None:
+    status, message = run(tmp_path / "none", "--port", 0)
+    *_, last = [json.loads(line) for line in message.splitlines()]
+    assert (status, last["level"]) == (1, "error")
+    assert "none cannot be read" in last["message"]
+    status, message = run(tmp_path / "none", "--port", 0, "--log-format", "text")
+    assert (status, message.splitlines()[-1].partition(":")[0]) == (1, "topfive")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
