@@ -138,10 +138,11 @@ class GuardedProtocol(HttpToolsProtocol):
         if size > self.limits.max_header_bytes:
             self._refuse(self._too_large())
             return
-        self._reading_headers = False
         if self._deaf or self.transport.is_closing():
+            self._reading_headers = False
             return
-        super().on_headers_complete()
+        super().on_headers_complete()  # fails on a URL that is none: there is no cycle for it then
+        self._reading_headers = False
         self._chunks = None
         if self._answered_at is not None:
             self.scope[SINCE_ANSWER] = self.loop.time() - self._answered_at  # type: ignore[typeddict-unknown-key]

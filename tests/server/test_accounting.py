@@ -25,6 +25,7 @@ REFUSALS: list[tuple[bytes, int, str]] = [
         431,
         "headers-too-large",
     ),
+    (b"CONNECT a HTTP/1.1\r\nHost: x\r\n\r\n", 400, "bad-request"),
     (b"GET /slow?secret=1 HTTP/1.1\r\nHost: x\r\n", 408, "body-timeout"),
 ]
 
@@ -159,7 +160,9 @@ def test_what_is_not_allowed_on_a_route_counts_as_that_route(tmp_path: Path) -> 
 # ---------------------------------------------------------------------- what the protocol refuses
 
 
-@pytest.mark.parametrize(("sent", "status", "code"), REFUSALS, ids=["no HTTP", "too large", "too slow"])
+@pytest.mark.parametrize(
+    ("sent", "status", "code"), REFUSALS, ids=["no HTTP", "too large", "no URL", "too slow"]
+)
 def test_what_is_refused_before_it_is_a_request_leaves_its_trace(
     lines: Lines, sent: bytes, status: int, code: str
 ) -> None:
@@ -205,6 +208,18 @@ def test_a_refusal_does_not_take_the_id_of_the_request_before(lines: Lines) -> N
         assert (reply.status, reply.code) == (400, "bad-request")
         assert reply.json["request_id"] != "mine"
         assert lines.of(reply.json["request_id"])["path"] != "/healthz"
+
+
+def test_a_url_that_is_none_is_not_said_in_the_place_of_an_earlier_answer() -> None:
+    with serving() as server, server.connect() as connection:
+        server.hold()
+        body = picture(5)
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body + b"CONNECT a HTTP/1.1\r\nHost: x\r\n\r\n")
+        eventually(lambda: server.engine.seen == [5])
+        server.release()
+        assert read_reply(connection).classes == [5]
+        assert connection.recv(1) == b""
 
 
 # ---------------------------------------------------------------------- the log

@@ -215,7 +215,7 @@ def test_a_port_that_needs_privileges_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cli, "listen", refuse)
     monkeypatch.setattr(logs, "configure", lambda _: None)
     with pytest.raises(StartError, match="port 80: Permission denied; ports below 1024 need privileges"):
-        cli.serve(tmp_path, config=ServerConfig(port=80))
+        cli.serve(tmp_path, config=ServerConfig(port=80, log_format="text"))
 
 
 def test_an_empty_or_broken_repository_says_why(tmp_path: Path) -> None:
