@@ -4,6 +4,8 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
+from prometheus_client import Counter, Histogram
+
 from topfive_server.config import ServerConfig
 from topfive_server.logs import REQUESTS
 from topfive_server.metrics import Metrics
@@ -78,6 +80,7 @@ class Accounts:
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
+        self._known: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
 
     def close(self, account: Account, *, ended: float | None = None, trace_id: str = "") -> None:
         """Keep what is to be kept of a request that has ended (now)."""
@@ -85,8 +88,9 @@ class Accounts:
         seconds = ended - account.started
         status = account.status = account.status or CLIENT_GONE
         metrics, config = self._metrics, self._config
-        metrics.requests.labels(account.route, str(status), account.code).inc()
-        metrics.request_seconds.labels(account.route, outcome(status)).observe(seconds)
+        counter, histogram = self._series(account.route, status, account.code)
+        counter.inc()
+        histogram.observe(seconds)
         if account.bytes_in:
             metrics.received_bytes.inc(account.bytes_in)
         received = min(account.started + account.timings.get("receive", 0.0), ended)
@@ -109,6 +113,16 @@ class Accounts:
                     requests_log.name, level, "", 0, message, (), None, extra={"fields": fields}
                 )
             )
+
+    def _series(self, route: str, status: int, code: str) -> tuple[Counter, Histogram]:
+        """Looked up once: finding a series by its labels takes longer than counting."""
+        key = route, status, code
+        if key not in self._known:
+            self._known[key] = (
+                self._metrics.requests.labels(route, str(status), code),
+                self._metrics.request_seconds.labels(route, outcome(status)),
+            )
+        return self._known[key]
 
 
 def outcome(status: int) -> str:
