@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from topfive.errors import TopfiveError
+from topfive_server.errors import UnauthorizedError
 
 _LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+(\S.*))?")
 
@@ -29,10 +30,11 @@ class CertificateError(TopfiveError):
 
 
 class KeyRing:
-    """The hashes of the keys that open the server."""
+    """The hashes of the keys that open the server, and whose they are."""
 
-    def __init__(self, digests: list[bytes]) -> None:
-        self._digests = digests
+    def __init__(self, names: dict[bytes, str]) -> None:
+        """`names`: SHA-256 of a key -> its name."""
+        self._names = names
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -46,7 +48,7 @@ class KeyRing:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise KeyFileError(f"the file of API keys {path} cannot be read: {reason}") from error
-        digests = []
+        names = {}
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
@@ -55,20 +57,31 @@ class KeyRing:
                 raise KeyFileError(
                     f"{path} line {number} is not a key: it must be 64 hexadecimal digits (the key's SHA-256) and a name"
                 )
-            digests.append(bytes.fromhex(match[1]))
-        if not digests:
+            names[bytes.fromhex(match[1])] = match[2] or f"line {number}"
+        if not names:
             raise KeyFileError(f"{path} holds no API key, so nobody could ask anything")
-        return cls(digests)
+        return cls(names)
 
-    def opens(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether the request carries a known key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+    def name_of(self, headers: Mapping[bytes, bytes]) -> str:
+        """The name of the key that the request carries, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+
+        Raises:
+            UnauthorizedError: it carries none, or one that is not known.
+        """
         key = headers.get(b"x-api-key", b"")
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer":
             key = token.strip()
+        if not key:
+            raise UnauthorizedError("send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
         digest = hashlib.sha256(key).digest()
         # Every digest is compared, so that the time says nothing of which one matched.
-        return bool(key) and sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+        found = [name for known, name in self._names.items() if hmac.compare_digest(digest, known)]
+        if not found:
+            raise UnauthorizedError(
+                "the key that was sent is not one of this server's; ask its operator for one"
+            )
+        return found[0]
 
 
 def check_certificate(certificate: Path, key: Path) -> None:

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from topfive._version import __version__
 from topfive_server import admin, pages
 from topfive_server.access import KeyRing
+from topfive_server.accounting import Accounts
 from topfive_server.admission import Admission, Refusals
 from topfive_server.classify import ClassifyEndpoint
 from topfive_server.config import ServerConfig
@@ -31,16 +32,14 @@ from topfive_server.errors import (
     MethodNotAllowedError,
     NotFoundError,
     RequestError,
-    UnauthorizedError,
 )
-from topfive_server.exchange import KEY, Exchange, Scope, Send
-from topfive_server.logs import REQUESTS, request_id
+from topfive_server.exchange import KEY, RECEIVED, REFUSED, REQUEST_ID, Exchange, Scope, Send
+from topfive_server.logs import request_id
 from topfive_server.metrics import CONTENT_TYPE, Metrics, gauge
 from topfive_server.models import Models
 from topfive_server.oip import PREFIX, OpenInference
 from topfive_server.openapi import describe_api
 from topfive_server.receive import Receive
-from topfive_server.stages import slowest
 from topfive_server.whole import Alone, Whole
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
-requests_log = logging.getLogger(REQUESTS)
 
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/openapi.json", *pages.PATHS})
 """Answered without an API key: what probes ask, and pages that hold nothing but themselves."""
@@ -74,6 +72,7 @@ class Application:
         self.config = config
         self.models = models
         self.metrics = metrics
+        self.accounts = Accounts(config, metrics)
         self.admission = Admission(max_images=config.max_queue_images, max_bytes=config.max_queue_bytes)
         self._refusals = Refusals()
         self.draining = False
@@ -84,6 +83,7 @@ class Application:
         self._pool = pool
         self.whole: Whole = whole or Alone(self)
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
+        self._pool = pool
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
         self._oip = OpenInference(
             config=config,
@@ -103,7 +103,7 @@ class Application:
             scope,
             send,
             headers=headers,
-            request_id=request_id(headers.get(b"x-request-id")),
+            request_id=scope.setdefault(REQUEST_ID, request_id(headers.get(b"x-request-id"))),
             started=monotonic(),
             closing=self.draining,
             refusals=self._refusals,
@@ -126,7 +126,7 @@ class Application:
                 raise  # half an answer is out; uvicorn closes the connection
             await exchange.answer_problem(InternalError("the server made a mistake; its log has the details"))
         finally:
-            self._account(exchange)
+            self._account(exchange, scope)
 
     async def start_grpc(self, port: int, *, shared: bool = False) -> "GrpcServer":
         """Offer Triton's protocol over gRPC, too, until the caller stops the server.
@@ -142,7 +142,8 @@ class Application:
             config=self.config,
             models=self.models,
             admission=self.admission,
-            metrics=self.metrics,
+            accounts=self.accounts,
+            pool=self._pool,
             keys=self._keys,
             rest=self._oip,
             traces=self._traces,
@@ -163,9 +164,11 @@ class Application:
         self._classify.draining = self._oip.refusing = True
 
     async def _route(self, exchange: Exchange, receive: Receive) -> None:
-        path = exchange.scope["path"]
-        if self._keys is not None and path not in OPEN_PATHS and not self._keys.opens(exchange.headers):
-            raise UnauthorizedError("send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        path = exchange.path
+        if path == "/v1/classify":
+            exchange.route = path  # whatever becomes of it
+        if self._keys is not None and path not in OPEN_PATHS:
+            exchange.key = self._keys.name_of(exchange.headers)
         if path == "/v1/classify":
             # `curl -T cat.jpg` sends PUT, and means the same.
             if exchange.method not in {"POST", "PUT"}:
@@ -179,52 +182,17 @@ class Application:
             exchange.scope[KEY] = exchange
             await self._rest(exchange.scope, receive, exchange.forward)
 
-    def _account(self, exchange: Exchange) -> None:
+    def _account(self, exchange: Exchange, scope: Scope) -> None:
+        """`scope`: as it came, which the protocol knows; a route may have been given another."""
         ended = monotonic()
-        seconds = ended - exchange.started
-        if exchange.status == 200 and exchange.route in INFERENCE_ROUTES:
+        exchange.bytes_in = scope.get(RECEIVED, 0)
+        refused = scope.get(REFUSED)
+        if refused is not None:
+            exchange.status, exchange.code = refused.status, refused.code
+        elif exchange.status == 200 and exchange.route in INFERENCE_ROUTES:
             self._refusals.answered()
-        metrics, config = self.metrics, self.config
-        metrics.requests.labels(exchange.route, str(exchange.status or 499), exchange.code).inc()
-        metrics.request_seconds.labels(exchange.route).observe(seconds)
-        if exchange.bytes_in:
-            metrics.received_bytes.inc(exchange.bytes_in)
         trace_id = "" if self._traces is None else self._traces.record_http(exchange, ended)
-        slow = seconds * 1000 > config.slow_request_ms
-        if not (config.log_requests or slow or exchange.status >= 500):
-            return
-        level = logging.INFO
-        if slow or exchange.status > 500:  # 503 and 504 are states; 500 is a fault
-            level = logging.WARNING
-        elif exchange.status == 500:
-            level = logging.ERROR
-        if not requests_log.isEnabledFor(level):
-            return
-        client = exchange.scope.get("client")
-        explained = {"slowest": slowest(exchange.stages(ended), ended=ended)} if slow else {}
-        fields = {
-            "request_id": exchange.request_id,
-            "client": client[0] if client else None,
-            "method": exchange.method,
-            "path": exchange.scope["path"][:200],
-            "status": exchange.status or 499,  # as nginx counts clients that left
-            "code": exchange.code,
-            "ms": round(seconds * 1000, 2),
-            "bytes": exchange.bytes_in,
-            "images": exchange.images,
-            "model": exchange.model,
-            "version": exchange.version,
-            **{f"{stage}_ms": round(s * 1000, 2) for stage, s in exchange.timings.items()},
-            **explained,
-            **({"trace_id": trace_id} if trace_id else {}),
-        }
-        message = "slow request" if slow else "request"
-        # Not `log`: it walks the stack for the name of this file, which no line says.
-        requests_log.handle(
-            requests_log.makeRecord(
-                requests_log.name, level, "", 0, message, (), None, extra={"fields": fields}
-            )
-        )
+        self.accounts.close(exchange, ended=ended, trace_id=trace_id)
 
     def _gauges(self) -> Iterable[Metric]:
         """What is read at the time of a scrape."""

@@ -140,7 +140,6 @@ class ClassifyEndpoint:
             if timeout_s < config.body_timeout_s:
                 raise DeadlineExceededError(f"the deadline passed: {error.detail}") from None
             raise
-        exchange.bytes_in = len(body)
         uploads = await self._unpack(exchange, receive, body, ticket, exchange.started + wish.timeout_s)
         ticket.add_images(len(uploads))
         exchange.images = len(uploads)
@@ -226,7 +225,7 @@ class ClassifyEndpoint:
                     ("infer", outcome.infer_s),
                 ):
                     timings[stage] = max(timings.get(stage, 0.0), seconds)
-                observer.image_ok(job.decode_s, outcome.queue_s + outcome.batch_s)
+                observer.image_ok()
             images.append(image)
         if succeeded:
             self._receive_s.observe(timings["receive"])

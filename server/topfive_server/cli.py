@@ -11,6 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from topfive.allocator import keep_large_buffers
+from topfive.errors import TopfiveError
 from topfive_server import logs
 from topfive_server.access import check_certificate
 from topfive_server.app import Application
@@ -49,6 +50,16 @@ def serve(
         runtime: how ONNX Runtime runs the models.
     """
     logs.configure(config.log_format)
+    try:
+        return _serve(models, config, runtime)
+    except TopfiveError as error:
+        if config.log_format == "text":
+            raise  # the command line says it to a person
+        log.error(str(error))  # noqa: TRY400  whoever reads the stream expects JSON
+        return error.exit_code
+
+
+def _serve(models: Path, config: ServerConfig, runtime: RuntimeOptions) -> int:
     if config.tls_certificate is not None and config.tls_key is not None:
         check_certificate(config.tls_certificate, config.tls_key)
     keep_large_buffers()

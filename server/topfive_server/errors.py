@@ -54,7 +54,7 @@ class UnauthorizedError(RequestError):
 
     status = 401
     code = "unauthorized"
-    title = "An API key is required"
+    title = "A known API key is required"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """RFC 9110 section 11.6.1 wants the scheme named."""

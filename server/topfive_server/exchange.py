@@ -2,15 +2,12 @@
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
+from topfive_server.accounting import Account
 from topfive_server.admission import Refusals
 from topfive_server.errors import BadRequestError, QueueFullError, RequestError
-from topfive_server.stages import Stage, stages
-
-if TYPE_CHECKING:
-    from topfive_server.job import Job
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -23,6 +20,12 @@ ANSWERED: Final = "topfive.answered"
 """Where the ASGI scope holds whether the connection is to remember when the request was answered."""
 SINCE_ANSWER: Final = "topfive.since_answer"
 """Where the ASGI scope of the next one holds the seconds since then."""
+RECEIVED: Final = "topfive.received"
+"""Where the ASGI scope holds how many bytes of the request's body have come."""
+REFUSED: Final = "topfive.refused"
+"""Where the ASGI scope holds the error that the protocol has answered in the application's place."""
+REQUEST_ID: Final = "topfive.request_id"
+"""Where the ASGI scope holds the request's id, for whichever of the two answers."""
 _JSON: Final = (b"content-type", b"application/json")
 _PROBLEM: Final = (b"content-type", b"application/problem+json")
 _NO_STORE: Final = (b"cache-control", b"no-store")
@@ -32,28 +35,10 @@ _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_ci
 """`json.dumps` makes one for each call."""
 
 
-class Exchange:
-    """A request under way."""
+class Exchange(Account):
+    """A request under way over HTTP."""
 
-    __slots__ = (
-        "bytes_in",
-        "closing",
-        "code",
-        "headers",
-        "images",
-        "jobs",
-        "method",
-        "model",
-        "refusals",
-        "request_id",
-        "route",
-        "scope",
-        "send",
-        "started",
-        "status",
-        "timings",
-        "version",
-    )
+    __slots__ = ("closing", "headers", "refusals", "scope", "send")
 
     def __init__(
         self,
@@ -66,9 +51,15 @@ class Exchange:
         closing: bool,
         refusals: Refusals,
     ) -> None:
+        client = scope.get("client")
+        super().__init__(
+            request_id=request_id,
+            started=started,
+            method=scope["method"],
+            path=scope["path"],
+            client=client[0] if client else None,
+        )
         self.scope = scope
-        self.method: str = scope["method"]
-        """As it was sent; to the routes HEAD is GET."""
         self.send = send
         self.closing = closing
         """Whether the connection is to end with this answer, because the server is draining."""
@@ -76,22 +67,6 @@ class Exchange:
         """The server's."""
         self.headers = headers
         """Header names in lower case; of a repeated header the last."""
-        self.request_id = request_id
-        self.started = started
-        """On the monotonic clock."""
-        self.route = "other"
-        """The route's path template: a bounded set, for the metrics."""
-        self.status = 0
-        """0 until the answer begins."""
-        self.code = "ok"
-        """The error's code, or `ok`."""
-        self.model = self.version = ""
-        self.images = 0
-        self.bytes_in = 0
-        self.jobs: list[Job] = []
-        """Its images on their way, for whoever asks afterwards where the time went."""
-        self.timings: dict[str, float] = {}
-        """Stage -> seconds; of several images the slowest."""
 
     def query(self) -> dict[str, str]:
         """The query parameters; of a repeated one the last.
@@ -108,10 +83,6 @@ class Exchange:
             )
         except ValueError as error:  # UnicodeDecodeError among them
             raise BadRequestError(f"the query string is malformed: {error}") from error
-
-    def stages(self, ended: float) -> list[Stage]:
-        """Where its time went, once it has ended."""
-        return stages(self.timings, self.jobs, started=self.started, ended=ended)
 
     async def answer_json(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""

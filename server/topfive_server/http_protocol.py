@@ -12,14 +12,21 @@
 
 import asyncio
 import json
-from typing import Any, Final
+from collections.abc import Iterable
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from topfive_server.accounting import Account
 from topfive_server.config import ServerConfig
 from topfive_server.errors import BadRequestError, BodyTimeoutError, HeadersTooLargeError, RequestError
-from topfive_server.exchange import ANSWERED, PAUSE, SINCE_ANSWER
+from topfive_server.exchange import ANSWERED, PAUSE, RECEIVED, REFUSED, REQUEST_ID, SINCE_ANSWER
+from topfive_server.logs import request_id
 from topfive_server.receive import CHUNKS, Chunks
+
+if TYPE_CHECKING:
+    from topfive_server.app import Application
 
 GOODBYE_S: Final = 1.0
 """Seconds between the listener's end and the end of idle connections: a request may be on its way in one."""
@@ -70,6 +77,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._bytes_besides = 0
         """Come since the request began or since the last of its body: headers, trailers, the framing of chunks."""
         self._reading_headers = False
+        self._expecting_since = 0.0
         self._begun = False
         self._leaving = False
         self._message_complete = False
@@ -137,10 +145,11 @@ class GuardedProtocol(HttpToolsProtocol):
                 BadRequestError("Transfer-Encoding must be chunked; to compress, use Content-Encoding")
             )
             return
-        self._reading_headers = False
         if self._deaf or self.transport.is_closing():
+            self._reading_headers = False
             return
-        super().on_headers_complete()
+        super().on_headers_complete()  # fails on a URL that is none: there is no cycle for it then
+        self._reading_headers = False
         self._chunks = None
         if self._answered_at is not None:
             self.scope[SINCE_ANSWER] = self.loop.time() - self._answered_at  # type: ignore[typeddict-unknown-key]
@@ -154,6 +163,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._bytes_besides = 0
         if self._deaf or self._idle():
             return
+        scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]  # ours
+        scope[RECEIVED] = scope.get(RECEIVED, 0) + len(body)
         if self._chunks is None:
             super().on_body(body)
             return
@@ -221,6 +232,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _expect_headers(self) -> None:
         self._reading_headers = True
+        self._expecting_since = monotonic()
         self._begun = False
         self._bytes_besides = 0
         self._stop_timer()
@@ -250,6 +262,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Answer below the application, and close; but what came before is answered first, and then nothing more."""
         self._stop_timer()
         has_cycle = not self._reading_headers and not self._message_complete  # it is wrong behind its headers
+        begun = self._reading_headers and self._begun
         self._reading_headers = False
         if self._deaf or self.transport.is_closing():
             return
@@ -261,17 +274,43 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
             self._deaf = True
             return
-        if not has_cycle or not self.cycle.response_started:
-            self._answer(error)
+        if not has_cycle:
+            self._answer(error, self._account(error, begun=begun))
+        elif not self.cycle.response_started:
+            scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]  # ours
+            scope[REFUSED] = error
+            # There is no id when the application has not run since the headers came.
+            self._answer(error, scope.setdefault(REQUEST_ID, request_id(_sent_id(scope["headers"]))))
         self.transport.close()
 
-    def _answer(self, error: RequestError) -> None:
-        body = json.dumps(error.problem()).encode()
+    def _account(self, error: RequestError, *, begun: bool) -> str:
+        """Count and log what never became a request of the application; returns its id."""
+        # Unless it has begun, `url` and `headers` are those of the request before.
+        headers, url = (self.headers, self.url) if begun else ([], b"")
+        account = Account(
+            request_id=request_id(_sent_id(headers)),
+            started=self._expecting_since if begun else monotonic(),
+            method="",
+            path=url.partition(b"?")[0].decode("latin-1"),
+            client=self.client[0] if self.client else None,
+        )
+        account.status, account.code = error.status, error.code
+        account.timings["receive"] = monotonic() - account.started
+        application: Application = self.app  # what `lifecycle.Server` serves
+        application.accounts.close(account)
+        return account.request_id
+
+    def _answer(self, error: RequestError, id_: str) -> None:
+        body = json.dumps({**error.problem(), "request_id": id_}).encode()
         head = (
-            b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-            % len(body)
+            b"content-type: application/problem+json\r\nx-request-id: %s\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n" % (id_.encode("ascii"), len(body))
         )
         self.transport.write(STATUS_LINE[error.status] + head + body)
+
+
+def _sent_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    return dict(headers).get(b"x-request-id")
 
 
 def guarded(limits: ServerConfig) -> type[GuardedProtocol]:

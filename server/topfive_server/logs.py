@@ -46,7 +46,7 @@ class JsonFormatter(logging.Formatter):
         line.update(_fields(record))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return _ENCODER.encode(line)
+        return _escaped(_ENCODER.encode(line))
 
 
 class TextFormatter(logging.Formatter):
@@ -64,6 +64,13 @@ class TextFormatter(logging.Formatter):
         if record.exc_info:
             lines += self.formatException(record.exc_info).split("\n")
         return "\n".join(map(_printable, lines))
+
+
+def _escaped(line: str) -> str:
+    """JSON with escapes, too, for what JSON allows raw and a terminal obeys: C1 controls, changes of direction."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def _printable(text: str) -> str:

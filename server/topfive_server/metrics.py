@@ -20,7 +20,12 @@ from topfive._version import __version__
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# Steps of about 1.5 where latencies lie, so that a quantile read from them is off by a fifth at most; the last is the
+# default deadline.
+_SECONDS = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 30, 60),
+)
 _BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
 
@@ -41,8 +46,8 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "topfive_request_seconds",
-            "From the request's headers to its answer.",
-            ["route"],
+            "From the request's headers to its answer, by outcome (`ok`, `refused`, `client` or `server`).",
+            ["route", "outcome"],
             buckets=_SECONDS,
             registry=r,
         )
@@ -57,13 +62,13 @@ class Metrics:
         )
         self.decode_seconds = Histogram(
             "topfive_decode_seconds",
-            "Decoding one image, waiting for a decode thread included.",
+            "Decoding one image, waiting for a decode thread included; also of those that failed or were dropped.",
             buckets=_SECONDS,
             registry=r,
         )
         self.queue_seconds = Histogram(
             "topfive_queue_seconds",
-            "A decoded image's wait for the engine and for its batch.",
+            "A decoded image's wait for the engine and for its batch, answered or dropped.",
             buckets=_SECONDS,
             registry=r,
         )
@@ -83,6 +88,10 @@ class Metrics:
             ["stage", "reason"],
             registry=r,
         )
+        # From 0 on: `increase()` does not see the first of a series that was not there before.
+        for stage in ("decode", "engine"):
+            for reason in ("client-gone", "deadline"):
+                self.dropped.labels(stage, reason)
         self.engine_failures = Counter(
             "topfive_engine_failures",
             "Batches that the engine failed, by kind.",
@@ -120,6 +129,13 @@ class Metrics:
         """The exposition text."""
         return generate_latest(self.registry)
 
+    def image_ended(self, decode_s: float | None, queue_s: float | None) -> None:
+        """An image's request has ended; None for what the image never came to."""
+        if decode_s is not None:
+            self.decode_seconds.observe(decode_s)
+        if queue_s is not None:
+            self.queue_seconds.observe(queue_s)
+
     def observer(self, model: str, version: str) -> "ModelObserver":
         """The batcher's observer for one model version."""
         return ModelObserver(self, model, version)
@@ -134,6 +150,10 @@ class ModelObserver:
         self._batch_images = metrics.batch_images.labels(model, version)
         self._inference_seconds = metrics.inference_seconds.labels(model, version)
         self._ok = metrics.images.labels(model, version, "ok")
+        for kind in ("error", "out-of-memory", "dead", "hung"):  # from 0 on, as above
+            metrics.engine_failures.labels(model, version, kind)
+        for result in ("ok", "failed"):
+            metrics.engine_rebuilds.labels(model, version, result)
 
     def batch_done(self, size: int, seconds: float) -> None:
         """A batch came back from the engine."""
@@ -152,11 +172,9 @@ class ModelObserver:
         """The engine was rebuilt: `ok` or `failed`."""
         self._metrics.engine_rebuilds.labels(*self._labels, result).inc()
 
-    def image_ok(self, decode_s: float, queue_s: float) -> None:
+    def image_ok(self) -> None:
         """An image was answered with labels."""
         self._ok.inc()
-        self._metrics.decode_seconds.observe(decode_s)
-        self._metrics.queue_seconds.observe(queue_s)
 
     def image_failed(self, code: str) -> None:
         """An image was answered with an error."""

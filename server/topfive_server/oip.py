@@ -18,8 +18,11 @@ from topfive_server.admission import Admission, Ticket
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
 from topfive_server.errors import (
+    MethodNotAllowedError,
+    NotFoundError,
     NotReadyError,
     RequestError,
+    UnsupportedImageError,
 )
 from topfive_server.exchange import ANSWERED, SINCE_ANSWER, Exchange
 from topfive_server.job import Answer
@@ -30,6 +33,7 @@ from topfive_server.oip_codec import (
     Interface,
     ProtocolError,
     encode_response,
+    is_costly,
     parse_request,
 )
 from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, priority_of, stack
@@ -51,11 +55,10 @@ EXTENSIONS: Final = (
 _MODEL: Final = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?(?:/(?P<action>ready|config|stats|infer))?"
 )
+_FIXED: Final = frozenset({"/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats"})
 _JSON: Final = "application/json"
 _CHEAP_BYTES: Final = 200_000
 """Binary requests up to this size are parsed on the event loop; it takes well under a millisecond."""
-_CHEAP_VALUES: Final = 2000
-"""So many numbers or texts are encoded or compressed on the event loop; it takes a few milliseconds."""
 _COMPRESSED_FROM: Final = 1024
 """Answers shorter than this are not worth compressing."""
 
@@ -108,7 +111,7 @@ class OpenInference:
         try:
             reply = await self._route(exchange, receive)
         except ProtocolError as error:
-            exchange.code = "bad-request" if error.status == 400 else "not-found"
+            exchange.code = error.code
             reply = _Reply.json({"error": str(error)}, error.status)
         except RequestError as error:
             exchange.code = error.code
@@ -122,29 +125,29 @@ class OpenInference:
     async def _route(self, exchange: Exchange, receive: Receive) -> _Reply:
         path, method = exchange.scope["path"], exchange.scope["method"]
         if path == "/v2/repository/index":
-            _require(method, "POST")
             exchange.route = path
+            _require(method, "POST")
             return self._index()
         match = _MODEL.fullmatch(path)
         if match is not None and match["action"] == "infer":
-            _require(method, "POST")
             exchange.route = "/v2/models/{model}/infer"
+            _require(method, "POST")
             return await self._infer(exchange, receive, match["model"], match["version"])
+        if path in _FIXED:
+            exchange.route = path
+        elif match is not None:
+            exchange.route = f"/v2/models/{{model}}/{match['action'] or ''}".rstrip("/")
         _require(method, "GET")
         if path == "/v2/models/stats":
-            exchange.route = path
             return _Reply.json({"model_stats": [self._stats(model) for model in self._models]})
         if match is not None:
-            exchange.route = f"/v2/models/{{model}}/{match['action'] or ''}".rstrip("/")
             return self._about(match["model"], match["version"], match["action"])
         if path == "/v2":
-            exchange.route = path
             return _Reply.json({"name": "topfive", "version": __version__, "extensions": list(EXTENSIONS)})
-        if path in {"/v2/health/live", "/v2/health/ready"}:
-            exchange.route = path
+        if path in _FIXED:
             good = self.alive() if path.endswith("live") else await self.healthy()
             return _Reply(status=200 if good else 503, type="text/plain")
-        raise ProtocolError("Not Found", 404)
+        raise ProtocolError("Not Found", 404, NotFoundError.code)
 
     def _about(self, name: str, version: str | None, action: str | None) -> _Reply:
         if action == "ready":
@@ -220,7 +223,6 @@ class OpenInference:
     ) -> InferRequest:
         limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
         body = await read_body(receive, exchange.headers, ticket, max_bytes=limit, timeout_s=timeout_s)
-        exchange.bytes_in = len(body)
         size, request = await self._parse(exchange, receive, body, interface_of(model, self._config))
         ticket.add_bytes(size - len(body))
         ticket.add_images(len(request.images_NHWC))
@@ -251,8 +253,8 @@ class OpenInference:
         model: ServedModel,
         answers: Sequence[Answer],
     ) -> _Reply:
-        for answer in answers:
-            model.observer.image_ok(0.0, answer.queue_s + answer.batch_s)
+        for _ in answers:
+            model.observer.image_ok()
         timings = exchange.timings
         timings["queue"] = max(answer.queue_s for answer in answers)
         timings["batch"] = max(answer.batch_s for answer in answers)
@@ -273,8 +275,8 @@ class OpenInference:
                 body=body, type=_JSON if json_length is None else "application/octet-stream", headers=headers
             )
 
-        costly = sum(arrays[output.name].size for output in request.outputs if coding or not output.binary)
-        return encode() if costly < _CHEAP_VALUES else await self._on_a_thread(encode, exchange, receive)
+        costly = is_costly(request, arrays, compressed=coding is not None)
+        return await self._on_a_thread(encode, exchange, receive) if costly else encode()
 
     async def _on_a_thread(self, work: Callable[[], T], exchange: Exchange, receive: Receive) -> T:
         """Do long work outside the event loop, for as long as a request may take."""
@@ -288,7 +290,7 @@ class OpenInference:
 
 def _require(method: str, wanted: str) -> None:
     if method != wanted and (method, wanted) != ("HEAD", "GET"):  # uvicorn leaves the body out
-        raise ProtocolError("Method Not Allowed", 405)
+        raise ProtocolError("Method Not Allowed", 405, MethodNotAllowedError.code)
 
 
 def _decompress(body: bytes, coding: str, limit: int) -> bytes:
@@ -296,7 +298,7 @@ def _decompress(body: bytes, coding: str, limit: int) -> bytes:
         return body
     window = {"gzip": 31, "x-gzip": 31, "deflate": 15}.get(coding)
     if window is None:
-        raise ProtocolError("Unsupported compression type", 501)
+        raise ProtocolError("Unsupported compression type", 501, UnsupportedImageError.code)
     return inflate(body, window=window, max_bytes=limit)
 
 

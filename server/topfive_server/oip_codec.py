@@ -17,19 +17,25 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from topfive_server.errors import BadRequestError
+
 INPUT: Final = "image"
 DATATYPES: Final = {"probabilities": "FP32", "classes": "INT64", "scores": "FP32"}
 """Outputs and their wire types, in the order in which they are sent by default."""
 HEADER_LENGTH: Final = "inference-header-content-length"
+_CHEAP_VALUES: Final = 2000
+"""So many numbers or texts are encoded or compressed on the event loop; it takes a few milliseconds."""
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 class ProtocolError(Exception):
     """A request that breaks the protocol, with the HTTP status that says so; the message goes to the client."""
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    def __init__(self, message: str, status: int = 400, code: str = BadRequestError.code) -> None:
+        """`code`: of the error of /v1 that is meant, for the log and the metrics."""
         super().__init__(message)
         self.status = status
+        self.code = code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +273,16 @@ def encode_response(
     head |= {"model_name": interface.name, "model_version": version}
     text = f'{_ENCODER.encode(head)[:-1]},"outputs":[{",".join(rows)}]}}'.encode()
     return b"".join([text, *parts]), len(text) if parts else None
+
+
+def is_costly(request: InferRequest, arrays: Mapping[str, NDArray[Any]], *, compressed: bool = False) -> bool:
+    """Whether its answer takes more than a few milliseconds to encode, and so not on the event loop."""
+    values = (
+        arrays[output.name].size
+        for output in request.outputs
+        if compressed or output.classification or not output.binary
+    )
+    return sum(values) >= _CHEAP_VALUES
 
 
 def describe_output(

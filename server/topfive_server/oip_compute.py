@@ -97,7 +97,9 @@ def _as_triton_says(name: str, version: str | None) -> Iterator[None]:
         yield
     except UnknownModelError:
         which = f"'{name[:80]}'" + (f" version {version[:20]}" if version is not None else "")
-        raise ProtocolError(f"Request for unknown model: {which} is not found", 404) from None
+        raise ProtocolError(
+            f"Request for unknown model: {which} is not found", 404, UnknownModelError.code
+        ) from None
 
 
 def interface_of(model: ServedModel, config: ServerConfig) -> Interface:

@@ -6,9 +6,10 @@ REST side, and requests pass through the same admission and batcher. A call that
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.json_format import ParseDict
@@ -16,13 +17,15 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from topfive._version import __version__
 from topfive_server.access import KeyRing
+from topfive_server.accounting import CLIENT_GONE, Account, Accounts
 from topfive_server.admission import Admission
 from topfive_server.config import ServerConfig
-from topfive_server.errors import DrainingError, NotReadyError, RequestError, UnauthorizedError
-from topfive_server.metrics import Metrics
+from topfive_server.decode_pool import DecodePool
+from topfive_server.errors import DrainingError, NotReadyError, RequestError
+from topfive_server.logs import request_id
 from topfive_server.models import Models
 from topfive_server.oip import EXTENSIONS, OpenInference
-from topfive_server.oip_codec import ProtocolError, describe_output, parse_message, to_binary
+from topfive_server.oip_codec import ProtocolError, describe_output, is_costly, parse_message, to_binary
 from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.repository import oldest_first
@@ -30,10 +33,11 @@ from topfive_server.serving import StartError
 from topfive_server.session import one_line
 
 if TYPE_CHECKING:
-    from topfive_server.job import Job
     from topfive_server.traces import Traces
 
 log = logging.getLogger(__name__)
+
+SERVICE: Final = "inference.GRPCInferenceService"
 
 _STATUS: Final = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -49,7 +53,7 @@ _STATUS: Final = {
 _LATER_S: Final = 60.0
 """gRPC's own limit of a drain: only so much later, that the calls which are cut off can be counted before."""
 
-_Handler = Callable[[Any], Awaitable[Any]]
+_Handler = Callable[[Any, Account], Awaitable[Any]]
 
 
 class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # it ships no types
@@ -61,7 +65,8 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         config: ServerConfig,
         models: Models,
         admission: Admission,
-        metrics: Metrics,
+        accounts: Accounts,
+        pool: DecodePool,
         keys: KeyRing | None,
         rest: OpenInference,
         traces: "Traces | None" = None,
@@ -70,7 +75,8 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         self._config = config
         self._models = models
         self._admission = admission
-        self._metrics = metrics
+        self._accounts = accounts
+        self._pool = pool
         self._keys = keys
         self._rest = rest
         self._traces = traces
@@ -90,7 +96,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Whether a model version is ready; an unknown one is not."""
 
-        async def answer(request: Any) -> Any:
+        async def answer(request: Any, _: Account) -> Any:
             try:
                 ready = find_model(self._models, request.name, request.version or None).health.ready
             except ProtocolError:
@@ -102,7 +108,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Name, version, extensions."""
 
-        async def answer(_: Any) -> Any:
+        async def answer(_: Any, __: Account) -> Any:
             return service_pb2.ServerMetadataResponse(
                 name="topfive", version=__version__, extensions=EXTENSIONS
             )
@@ -112,7 +118,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Inputs and outputs of a model."""
 
-        async def answer(request: Any) -> Any:
+        async def answer(request: Any, _: Account) -> Any:
             model = find_model(self._models, request.name, request.version or None)
             versions = (
                 [request.version] if request.version else oldest_first(self._models.versions(model.info.name))
@@ -125,7 +131,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The model's configuration, as far as clients read it."""
 
-        async def answer(request: Any) -> Any:
+        async def answer(request: Any, _: Account) -> Any:
             model = find_model(self._models, request.name, request.version or None)
             record = model_config(interface_of(model, self._config))
             config = ParseDict(record, model_config_pb2.ModelConfig(), ignore_unknown_fields=True)
@@ -136,7 +142,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Counters of one model version, or of all."""
 
-        async def answer(request: Any) -> Any:
+        async def answer(request: Any, _: Account) -> Any:
             one = request.name and find_model(self._models, request.name, request.version or None)
             keys = [(m.info.name, m.info.version) for m in ([one] if one else self._models)]
             rows = [self._rest.statistics.get(key, Statistics()).as_json(*key) for key in keys]
@@ -147,7 +153,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Every version in service."""
 
-        async def answer(_: Any) -> Any:
+        async def answer(_: Any, __: Account) -> Any:
             return service_pb2.RepositoryIndexResponse(
                 models=[
                     service_pb2.RepositoryIndexResponse.ModelIndex(
@@ -164,18 +170,17 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Classify a batch of decoded squares."""
-        jobs: list[Job] = []
-        return await self._call(
-            "ModelInfer", lambda message: self._infer(message, jobs), request, context, jobs
-        )
+        return await self._call("ModelInfer", self._infer, request, context)
 
-    async def _infer(self, message: Any, jobs: "list[Job]") -> Any:
-        started = monotonic()
+    async def _infer(self, message: Any, account: Account) -> Any:
+        started = account.started
         model = pick_model(self._models, message.model_name, message.model_version or None)
         if self._rest.refusing or not model.health.ready:
             raise NotReadyError(f"model '{model.info.name}' is not ready", retry_after_s=5)
         interface = interface_of(model, self._config)
         request = parse_message(_as_header(message), b"".join(message.raw_input_contents), interface)
+        account.model, account.version = model.info.name, model.info.version
+        account.images = len(request.images_NHWC)
         with self._admission.ticket(model.batcher.forecast.seconds_until_answered) as ticket:
             ticket.add_bytes(request.images_NHWC.nbytes)
             ticket.add_images(len(request.images_NHWC))
@@ -183,59 +188,79 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             statistics = self._rest.statistics.setdefault(key, Statistics())
             try:
                 answers = await compute(
-                    model, request, started=started, config=self._config, receive=None, jobs=jobs
+                    model, request, started=started, config=self._config, receive=None, jobs=account.jobs
                 )
             except RequestError:
                 statistics.failures += 1
                 statistics.failure_s += monotonic() - started
                 raise
         statistics.add(answers, monotonic() - started)
-        for answer in answers:
-            model.observer.image_ok(0.0, answer.queue_s + answer.batch_s)
+        for _ in answers:
+            model.observer.image_ok()
+        account.timings |= {
+            "queue": max(answer.queue_s for answer in answers),
+            "batch": max(answer.batch_s for answer in answers),
+            "infer": max(answer.infer_s for answer in answers),
+        }
         arrays = stack(answers)
-        described = [describe_output(wanted, arrays[wanted.name], interface) for wanted in request.outputs]
-        return service_pb2.ModelInferResponse(
-            model_name=interface.name,
-            model_version=model.info.version,
-            id=message.id,
-            outputs=[service_pb2.ModelInferResponse.InferOutputTensor(**row) for row, _ in described],
-            raw_output_contents=[to_binary(values) for _, values in described],
-        )
 
-    async def _call(
-        self, name: str, handler: _Handler, request: Any, context: Any, jobs: "Sequence[Job]" = ()
-    ) -> Any:
-        """Check the key, answer, and turn errors into gRPC statuses; counted like every other request."""
-        started, status, code = monotonic(), 200, "ok"
+        def encode() -> Any:
+            described = [
+                describe_output(wanted, arrays[wanted.name], interface) for wanted in request.outputs
+            ]
+            return service_pb2.ModelInferResponse(
+                model_name=interface.name,
+                model_version=model.info.version,
+                id=message.id,
+                outputs=[service_pb2.ModelInferResponse.InferOutputTensor(**row) for row, _ in described],
+                raw_output_contents=[to_binary(values) for _, values in described],
+            )
+
+        return await self._pool.run(encode) if is_costly(request, arrays) else encode()
+
+    async def _call(self, name: str, handler: _Handler, request: Any, context: Any) -> Any:
+        """Check the key, answer, and turn errors into gRPC statuses; counted and logged like every other request."""
+        metadata = _metadata(context)
+        account = Account(
+            request_id=request_id(metadata.get(b"x-request-id")),
+            started=monotonic(),
+            method="POST",  # as every call is over HTTP/2
+            path=f"/{SERVICE}/{name}",
+            client=_address(context.peer()),
+        )
+        account.route, account.bytes_in = f"grpc {name}", request.ByteSize()
+        account.timings["receive"] = 0.0  # a message comes whole
+        account.status = 200
+        context.set_trailing_metadata((("x-request-id", account.request_id),))
         self.under_way += 1
         try:
-            self._authorize(context)
-            return await handler(request)
+            if self._keys is not None:
+                account.key = self._keys.name_of(metadata)
+            return await handler(request, account)
         except ProtocolError as error:
-            status, code, reason = error.status, "bad-request", str(error)
+            account.status, account.code, reason = error.status, error.code, str(error)
         except RequestError as error:
-            status, code, reason = error.status, error.code, error.detail
+            account.status, account.code, reason = error.status, error.code, error.detail
         except asyncio.CancelledError:
-            status, code = (503, DrainingError.code) if self.ending else (499, "client-gone")
+            cut_off = (DrainingError.status, DrainingError.code)
+            account.status, account.code = cut_off if self.ending else (CLIENT_GONE, "client-gone")
             raise
         except Exception as error:
-            log.exception("a gRPC request failed because of a mistake of ours")
-            status, code, reason = 500, "internal", one_line(error)
+            log.exception(
+                "a gRPC request failed because of a mistake of ours", extra={"request_id": account.request_id}
+            )
+            account.status, account.code, reason = 500, "internal", one_line(error)
         finally:
             self.under_way -= 1
-            self._metrics.requests.labels(f"grpc {name}", str(status), code).inc()
-            self._metrics.request_seconds.labels(f"grpc {name}").observe(monotonic() - started)
-            if self._traces is not None:
-                self._traces.record_grpc(
-                    name, request, _metadata(context), jobs, started=started, status=status, code=code
-                )
-        return await context.abort(_STATUS.get(status, grpc.StatusCode.INTERNAL), reason)
+            ended = monotonic()
+            trace_id = "" if self._traces is None else self._traces.record_grpc(metadata, account, ended)
+            self._accounts.close(account, ended=ended, trace_id=trace_id)
+        return await context.abort(_STATUS.get(account.status, grpc.StatusCode.INTERNAL), reason)
 
-    def _authorize(self, context: Any) -> None:
-        if self._keys is not None and not self._keys.opens(_metadata(context)):
-            raise UnauthorizedError(
-                "send an API key as metadata: `authorization: Bearer KEY` or `x-api-key: KEY`"
-            )
+
+def _address(peer: str) -> str:
+    """The address in what gRPC calls a peer: `ipv4:127.0.0.1:5000`, `ipv6:%5B::1%5D:5000`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]") or peer
 
 
 def _metadata(context: Any) -> dict[bytes, bytes]:

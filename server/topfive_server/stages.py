@@ -43,6 +43,21 @@ def slowest(found: Sequence[Stage], *, ended: float) -> str:
     return "answer" if ended - found[-1].ended > longest.seconds else longest.name
 
 
+def waits(job: Job, *, received: float, ended: float) -> tuple[float | None, float | None]:
+    """Seconds that one image was decoded, and then waited for the engine and its batch, answered or not.
+
+    None for what it never came to. One whose request ended meanwhile has waited until then: that it was given up does
+    not make the wait shorter.
+    """
+    decode_s = job.decode_s or (None if job.queued_at else ended - received)
+    if not job.queued_at:
+        return decode_s, None
+    answer = _answer(job)
+    if answer is not None:
+        return decode_s, answer.queue_s + answer.batch_s
+    return decode_s, max((job.ready_at or ended) - job.queued_at, 0.0)
+
+
 def _way(job: Job, received: float, ended: float) -> list[Stage]:
     """The stages of one image; the last one is not over when it never was answered."""
     if not job.queued_at:

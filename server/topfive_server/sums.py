@@ -59,7 +59,7 @@ class Sums:
     def render(self, snapshots: Mapping[Process, Snapshot], *, all_there: bool) -> bytes:
         """The exposition text; unless `all_there`, one process did not answer and nothing counts as ready.
 
-        One that has departed between its answer and that of a slower one is in the sum already.
+        One that has departed between its answer and that of a slower one is in the sum already, and not there.
         """
         self._last.update({p: rows for p, rows in snapshots.items() if self._gone.get(p.number) != p})
         # Of one that does not answer, what it had counted stays; what it was like then says nothing of now.
@@ -68,7 +68,8 @@ class Sums:
             for process, rows in self._last.items()
         ]
         merged = _merge([*self._departed, *labelled])
-        if not all_there:
+        departed = any(self._gone.get(process.number) == process for process in snapshots)
+        if departed or not all_there:
             for name, _, _, samples in merged:
                 if name in _LEAST:
                     samples[:] = [[sample, labels, 0.0] for sample, labels, _ in samples]

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -25,9 +25,9 @@ from opentelemetry.trace import SpanKind, StatusCode, format_trace_id, set_span_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from topfive._version import __version__
+from topfive_server.accounting import Account
 from topfive_server.exchange import Exchange
-from topfive_server.job import Job
-from topfive_server.stages import Stage, stages
+from topfive_server.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ _LAST_S: Final = 3.0
 
 UNTRACED_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """Asked every few seconds, and nobody wants their traces."""
-_SERVICE: Final = "inference.GRPCInferenceService"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,36 +98,30 @@ class Traces:
 
     def record_grpc(
         self,
-        method: str,
-        message: Any,
         metadata: Mapping[bytes, bytes],
-        jobs: Sequence[Job],
-        *,
-        started: float,
-        status: int,
-        code: str,
-    ) -> None:
-        """Make the spans of a call that has ended just now; `status` is the one of HTTP that stands for its own."""
-        ended = time.monotonic()
-        # A message comes whole: there is no time of receiving.
-        found = stages({"receive": 0.0}, jobs, started=started, ended=ended)[1:]
+        account: Account,
+        ended: float,
+    ) -> str:
+        """Make the spans of a call that ended at `ended`; returns its trace's id, or nothing where there is none."""
+        service, _, method = account.path.strip("/").rpartition("/")
         attributes: dict[str, str | int] = {
             "rpc.system": "grpc",
-            "rpc.service": _SERVICE,
+            "rpc.service": service,
             "rpc.method": method,
-            "topfive.code": code,
-            "topfive.model": getattr(message, "model_name", "")[:200],
-            "topfive.model_version": getattr(message, "model_version", "")[:200],
-            "topfive.images": len(jobs),
+            "topfive.request_id": account.request_id,
+            "topfive.code": account.code,
+            "topfive.model": account.model,
+            "topfive.model_version": account.version,
+            "topfive.images": account.images,
         }
-        self._try_to_record(
+        return self._try_to_record(
             _Ended(
-                name=f"{_SERVICE}/{method}",
+                name=account.path.strip("/"),
                 headers=metadata,
-                started=started,
+                started=account.started,
                 ended=ended,
-                failed=code if status >= 500 else "",
-                stages=found,
+                failed=account.code if account.status >= 500 else "",
+                stages=account.stages(ended)[1:],  # a message comes whole: there is no time of receiving
                 attributes=attributes,
             )
         )

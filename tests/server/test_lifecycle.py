@@ -196,6 +196,15 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None
     assert re.search(rf"cannot listen on 127.0.0.1 port {port}: .*in use; .*--port", message)
 
 
+def test_what_ends_a_start_is_said_in_the_form_of_the_log(tmp_path: Path) -> None:
+    status, message = run(tmp_path / "none", "--port", 0)
+    *_, last = [json.loads(line) for line in message.splitlines()]
+    assert (status, last["level"]) == (1, "error")
+    assert "none cannot be read" in last["message"]
+    status, message = run(tmp_path / "none", "--port", 0, "--log-format", "text")
+    assert (status, message.splitlines()[-1].partition(":")[0]) == (1, "topfive")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -222,7 +231,7 @@ def test_a_port_that_needs_privileges_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cli, "listen", refuse)
     monkeypatch.setattr(logs, "configure", lambda _: None)
     with pytest.raises(StartError, match="port 80: Permission denied; ports below 1024 need privileges"):
-        cli.serve(tmp_path, config=ServerConfig(port=80))
+        cli.serve(tmp_path, config=ServerConfig(port=80, log_format="text"))
 
 
 def test_an_empty_or_broken_repository_says_why(tmp_path: Path) -> None:

@@ -120,8 +120,9 @@ def test_who_dies_after_its_answer_and_before_the_others_is_counted_once() -> No
     sums = Sums()
     sums.render({FIRST: counted(100, 1, 0)}, all_there=True)
     sums.departed(FIRST)
-    late = values(sums.render({FIRST: counted(110, 1, 0)}, all_there=True))
+    late = values(sums.render({FIRST: counted(110, 1, 0), SECOND: counted(0, 1, 0)}, all_there=True))
     assert late['topfive_answers_total{code="ok"}'] == 100
+    assert late["topfive_ready"] == 0  # one worker serves; there ought to be two
     successor = values(sums.render({Process(1, 103): counted(3, 1, 0)}, all_there=True))
     assert successor['topfive_answers_total{code="ok"}'] == 103
 

@@ -200,7 +200,7 @@ def test_of_several_images_the_stages_are_those_of_the_last(server: Process, col
     bmp = picture(1, size=(2000, 2000), form="PNG")
     parts = b"".join(
         b'--b\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n' + data + b"\r\n"
-        for data in (picture(3), bmp, b"no image")
+        for data in (b"no image", picture(3), bmp)
     )
     reply, request_id = ask(
         server, "POST", "/v1/classify", parts + b"--b--\r\n", Content_Type="multipart/form-data; boundary=b"
