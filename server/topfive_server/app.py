@@ -21,7 +21,7 @@ from topfive._version import __version__
 from topfive_server import admin, pages
 from topfive_server.access import KeyRing
 from topfive_server.accounting import Accounts
-from topfive_server.admission import Admission, Refusals
+from topfive_server.admission import Admission
 from topfive_server.classify import ClassifyEndpoint
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool
@@ -34,13 +34,14 @@ from topfive_server.errors import (
     RequestError,
 )
 from topfive_server.exchange import KEY, RECEIVED, REFUSED, REQUEST_ID, Exchange, Scope, Send
+from topfive_server.load_shedding import Refusals
 from topfive_server.logs import request_id
 from topfive_server.metrics import CONTENT_TYPE, Metrics, gauge
 from topfive_server.models import Models
 from topfive_server.oip import PREFIX, OpenInference
 from topfive_server.openapi import describe_api
 from topfive_server.receive import Receive
-from topfive_server.whole import Alone, Whole
+from topfive_server.server_status import ServerStatus, SingleProcess
 
 if TYPE_CHECKING:
     from topfive_server.oip_grpc import GrpcServer
@@ -66,9 +67,9 @@ class Application:
         metrics: Metrics,
         reloader: admin.Operator | None = None,
         traces: "Traces | None" = None,
-        whole: Whole | None = None,
+        server_status: ServerStatus | None = None,
     ) -> None:
-        """`reloader` opens the admin routes; without `traces` none are made; `whole` speaks for several processes."""
+        """`reloader` opens the admin routes; without `traces` none are made; `server_status` speaks for several processes."""
         self.config = config
         self.models = models
         self.metrics = metrics
@@ -81,7 +82,7 @@ class Application:
         self.reloader = reloader
         self._traces = traces
         self._pool = pool
-        self.whole: Whole = whole or Alone(self)
+        self.server_status: ServerStatus = server_status or SingleProcess(self)
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
         self._pool = pool
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
@@ -90,7 +91,7 @@ class Application:
             models=models,
             pool=pool,
             admission=self.admission,
-            healthy=self.whole.healthy,
+            healthy=self.server_status.healthy,
             alive=lambda: not self.stuck,
         )
         self._rest = make_fastapi(self)
@@ -257,7 +258,7 @@ def make_fastapi(application: Application) -> FastAPI:
 
     @api.get("/metrics", tags=["probes"], summary="Metrics in Prometheus' text format")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(await application.whole.metrics(), media_type=CONTENT_TYPE)
+        return PlainTextResponse(await application.server_status.metrics(), media_type=CONTENT_TYPE)
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:
@@ -323,6 +324,6 @@ def describe(models: Models, model: Any) -> MutableMapping[str, Any]:
 
 async def answer_ready(application: Application) -> JSONResponse:
     """`/readyz`: 200 when every model version answers, 503 with the reasons when one does not, or in the drain."""
-    body = await application.whole.readiness()
+    body = await application.server_status.readiness()
     headers = {} if body["ready"] else {"Retry-After": "1"}
     return JSONResponse(body, status_code=200 if body["ready"] else 503, headers=headers)

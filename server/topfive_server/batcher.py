@@ -22,7 +22,6 @@ from functools import partial
 from time import monotonic
 from typing import Final
 
-from topfive_server.admission import Loops
 from topfive_server.arrival import Arrival
 from topfive_server.decode_pool import Outcome
 from topfive_server.engine import (
@@ -36,6 +35,7 @@ from topfive_server.engine import (
 from topfive_server.errors import DeadlineExceededError, EngineFailedError, NotReadyError
 from topfive_server.estimate import BatchTimes, Forecast
 from topfive_server.job import PRIORITIES, Answer, Job, Observer, Priority, Queue
+from topfive_server.load_shedding import ClosedLoops
 from topfive_server.lone import LoneImage
 from topfive_server.tally import Tally
 from topfive_server.wakeups import Wakeups
@@ -141,7 +141,7 @@ class Batcher:
         others = self.expected - arrival.counts_for(self)
         idle = not others and not self._queue and not self._computing and not self.dead_because
         # Of several who have just been answered, the first to ask again is followed by the others.
-        follow = self._answered > 1 and monotonic() - self._free_since < Loops.PROMPT_S
+        follow = self._answered > 1 and monotonic() - self._free_since < ClosedLoops.PROMPT_S
         return idle and not follow and self._decoding_engine is not None
 
     def compute_lone(

@@ -49,7 +49,7 @@ _PARAMETERS: Final = ("top_k", "model", "version")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class RequestOptions:
     """What a classify request asks for besides its images."""
 
     top_k: int
@@ -90,25 +90,25 @@ class ClassifyEndpoint:
             exchange.code = "client-gone"
 
     async def _classify(self, exchange: Exchange, receive: Receive) -> None:
-        wish = read_wish(exchange, self._config)
-        deadline = exchange.started + wish.timeout_s
-        model = self._models.pick(wish.model, wish.version)
-        arrival = self._admit(exchange, wish, model)
+        options = read_options(exchange, self._config)
+        deadline = exchange.started + options.timeout_s
+        model = self._models.pick(options.model, options.version)
+        arrival = self._admit(exchange, options, model)
         with self._admission.ticket(self._retry_after(model)) as ticket:
             try:
                 try:
-                    uploads = await self._receive(exchange, receive, ticket, wish)
+                    uploads = await self._receive(exchange, receive, ticket, options)
                 finally:
                     exchange.timings["receive"] = monotonic() - exchange.started
                 # A hot reload may have happened while the body came in.
-                model = self._models.pick(wish.model, wish.version, before=model)
+                model = self._models.pick(options.model, options.version, before=model)
                 exchange.model, exchange.version = model.info.name, model.info.version
                 begun = monotonic()
-                left_s = deadline - begun if wish.has_deadline else float("inf")
+                left_s = deadline - begun if options.has_deadline else float("inf")
                 predicted_s = self._refuse_if_late(model, len(uploads), left_s)
                 alone = len(uploads) == 1 and model.batcher.is_alone(arrival)
                 jobs = [
-                    model.classify(u.data, deadline=deadline, priority=wish.priority, alone=alone)
+                    model.classify(u.data, deadline=deadline, priority=options.priority, alone=alone)
                     for u in uploads
                 ]
                 exchange.jobs = jobs
@@ -118,15 +118,17 @@ class ClassifyEndpoint:
                 outcomes = await wait_for_answers(jobs, deadline=deadline, receive=receive)
             finally:
                 self._lateness.observe(predicted_s, monotonic() - begun)
-            exchange.scope[ANSWERED] = model.remember_answer(wish.priority, outcomes)
-            await self._answer(exchange, model, wish.top_k, list(zip(uploads, jobs, outcomes, strict=True)))
+            exchange.scope[ANSWERED] = model.remember_answer(options.priority, outcomes)
+            await self._answer(
+                exchange, model, options.top_k, list(zip(uploads, jobs, outcomes, strict=True))
+            )
 
     async def _receive(
-        self, exchange: Exchange, receive: Receive, ticket: Ticket, wish: Wish
+        self, exchange: Exchange, receive: Receive, ticket: Ticket, options: RequestOptions
     ) -> list[Upload]:
         """Read the body and take it apart; the request then has its places in the queue."""
         config = self._config
-        timeout_s = min(config.body_timeout_s, wish.timeout_s)
+        timeout_s = min(config.body_timeout_s, options.timeout_s)
         try:
             body = await read_body(
                 receive,
@@ -140,12 +142,12 @@ class ClassifyEndpoint:
             if timeout_s < config.body_timeout_s:
                 raise DeadlineExceededError(f"the deadline passed: {error.detail}") from None
             raise
-        uploads = await self._unpack(exchange, receive, body, ticket, exchange.started + wish.timeout_s)
+        uploads = await self._unpack(exchange, receive, body, ticket, exchange.started + options.timeout_s)
         ticket.add_images(len(uploads))
         exchange.images = len(uploads)
         return uploads
 
-    def _admit(self, exchange: Exchange, wish: Wish, model: ServedModel) -> Arrival:
+    def _admit(self, exchange: Exchange, options: RequestOptions, model: ServedModel) -> Arrival:
         """Refuse before the body is read what could not be served."""
         if self.draining:
             raise DrainingError("the server is shutting down; send the request to another", retry_after_s=1)
@@ -159,10 +161,10 @@ class ClassifyEndpoint:
                 f"the body has {length:,} bytes; the limit is {self._config.max_body_bytes:,}"
             )
         self._admission.check(expected_bytes=length, retry_after_s=self._retry_after(model))
-        model.refuse_a_long_wait(wish.priority, exchange.scope.get(SINCE_ANSWER))
-        if wish.has_deadline:
-            self._refuse_if_late(model, 1, wish.timeout_s - self._receive_s.or_zero())
-        return model.batcher.arriving(wish.priority)
+        model.refuse_a_long_wait(options.priority, exchange.scope.get(SINCE_ANSWER))
+        if options.has_deadline:
+            self._refuse_if_late(model, 1, options.timeout_s - self._receive_s.or_zero())
+        return model.batcher.arriving(options.priority)
 
     def _refuse_if_late(self, model: ServedModel, images: int, left_s: float) -> float:
         """Seconds until images that are handed in now are answered, from what was measured.
@@ -248,7 +250,7 @@ class ClassifyEndpoint:
         return seconds if batcher.counts_decoding else seconds + self._decode_s.or_zero()
 
 
-def read_wish(exchange: Exchange, config: ServerConfig) -> Wish:
+def read_options(exchange: Exchange, config: ServerConfig) -> RequestOptions:
     """Parse and check the parameters and headers.
 
     Raises:
@@ -269,7 +271,7 @@ def read_wish(exchange: Exchange, config: ServerConfig) -> Wish:
     priority = exchange.headers.get(b"x-priority", b"interactive").decode("latin-1")
     if priority not in PRIORITIES:
         raise BadRequestError(f"X-Priority is {priority[:40]!r}; it must be {' or '.join(PRIORITIES)}")
-    return Wish(
+    return RequestOptions(
         top_k=top_k,
         model=query.get("model"),
         version=query.get("version"),

@@ -6,8 +6,8 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from topfive_server.accounting import Account
-from topfive_server.admission import Refusals
 from topfive_server.errors import BadRequestError, QueueFullError, RequestError
+from topfive_server.load_shedding import Refusals
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

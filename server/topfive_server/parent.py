@@ -18,19 +18,19 @@ from typing import Any, Final
 
 from topfive_server.channel import ChannelClosedError, ChannelError
 from topfive_server.config import ServerConfig
-from topfive_server.crew import WorkerProcess, wait_for_all
 from topfive_server.devices import DeviceError, resolve_all
 from topfive_server.engine import EngineError
-from topfive_server.everywhere import Everywhere
 from topfive_server.handover import Handover, Line
 from topfive_server.lifecycle import EXIT_LOST, admit_the_last, heeded_signals, start_listening, url_of
 from topfive_server.metrics import Metrics
+from topfive_server.metrics_sum import MetricsSum, Process, Snapshot, snapshot
 from topfive_server.reload import ReloadPolicy
+from topfive_server.replication import Replicator
+from topfive_server.server_status import together
 from topfive_server.serving import Offer, StartError, computing
 from topfive_server.session import RuntimeOptions
 from topfive_server.shares import Share, divide
-from topfive_server.sums import Process, Snapshot, Sums, snapshot
-from topfive_server.whole import together
+from topfive_server.worker_process import WorkerProcess, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Parent:
         self._workers: dict[int, WorkerProcess] = {}
         """By number; the last process of each, dead or alive."""
         self._metrics = Metrics()
-        self._sums = Sums()
+        self._metrics_sum = MetricsSum()
         self._handover = Handover(listener, self._lines)
         self._draining: asyncio.Task[None] | None = None
         self._over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -105,7 +105,7 @@ class Parent:
         self._forced = asyncio.Event()
         """Told to stop a second time."""
         self._told: list[asyncio.Task[None]] = []
-        self._everywhere = Everywhere(
+        self._replicator = Replicator(
             self._workers,
             find=offer.find,
             policy=ReloadPolicy(keep=config.versions, canary_share=config.canary_percent / 100),
@@ -123,7 +123,7 @@ class Parent:
         try:
             await self._start()
             tasks += [asyncio.create_task(self._keep(worker)) for worker in [*self._workers.values()]]
-            reloader = self._everywhere.reloader
+            reloader = self._replicator.reloader
             tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(reloader.guard_canaries())]
             if self._config.watch:
                 tasks.append(asyncio.create_task(reloader.watch(self._config.watch_interval_s)))
@@ -133,14 +133,14 @@ class Parent:
                 task.cancel()
             for worker in self._workers.values():
                 worker.kill()
-            await asyncio.gather(*(worker.bury() for worker in self._workers.values()))
+            await asyncio.gather(*(worker.reap() for worker in self._workers.values()))
 
     async def _start(self) -> None:
         try:
             # All at once: importing is most of it.
             await wait_for_all(self._open(share) for share in self._shares)
-            for version in await self._offer.start(self._everywhere.load):
-                self._everywhere.reloader.adopt(version)
+            for version in await self._offer.start(self._replicator.load):
+                self._replicator.reloader.adopt(version)
             await wait_for_all(self._let_serve(worker) for worker in self._workers.values())
         except ChannelError as error:
             raise StartError(str(error)) from error
@@ -156,7 +156,7 @@ class Parent:
             "serving",
             extra={
                 "url": url_of(self._listener, self._config),
-                "model": self._config.model or self._everywhere.versions.names()[0],
+                "model": self._config.model or self._replicator.versions.names()[0],
                 "processes": len(self._shares),
             },
         )
@@ -201,10 +201,10 @@ class Parent:
         failures = 0
         while True:
             born = monotonic()
-            await worker.bury()
+            await worker.reap()
             if self._draining is not None:
                 return
-            self._sums.departed(Process(worker.number, worker.pid))
+            self._metrics_sum.departed(Process(worker.number, worker.pid))
             log.error(
                 "worker %d has ended%s; its requests under way are lost", worker.number, _how_it_ended(worker)
             )
@@ -236,18 +236,18 @@ class Parent:
         try:
             async with asyncio.timeout(20 * self._config.engine_timeout_s):
                 worker = await self._open(share)
-                async with self._everywhere.catching_up(worker):
+                async with self._replicator.catching_up(worker):
                     await self._let_serve(worker)
         except (ChannelError, EngineError, OSError):
             self._workers[share.number].kill()
-            await self._workers[share.number].bury()
+            await self._workers[share.number].reap()
             raise
         return worker
 
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(_HEARTBEAT_S)
-            await self._everywhere.ask_health()
+            await self._replicator.ask_health()
 
     # ------------------------------------------------------------------ what workers ask
 
@@ -273,19 +273,19 @@ class Parent:
         }
         all_there = len(snapshots) == len(self._shares) and self._draining is None
         snapshots[Process(0, os.getpid())] = snapshot(self._metrics.registry)
-        return self._sums.render(snapshots, all_there=all_there).decode()
+        return self._metrics_sum.render(snapshots, all_there=all_there).decode()
 
     async def report(self) -> list[dict[str, Any]]:
         """See `admin.Operator`."""
-        return self._everywhere.reloader.status()
+        return self._replicator.reloader.status()
 
     async def look(self) -> list[dict[str, Any]]:
         """See `admin.Operator`."""
-        return await self._everywhere.reloader.look()
+        return await self._replicator.reloader.look()
 
     async def set_canary(self, name: str, share: float) -> list[dict[str, Any]]:
         """See `admin.Operator`."""
-        return await self._everywhere.reloader.set_canary(name, share)
+        return await self._replicator.reloader.set_canary(name, share)
 
     async def _from_all(self, what: str) -> dict[int, Any]:
         """Each worker's answer, or a text that says why there is none."""
@@ -336,7 +336,7 @@ class Parent:
             if not worker.ended.is_set():
                 log.error("worker %d did not end in time; it is killed", worker.number)
                 worker.kill()
-            await worker.bury()
+            await worker.reap()
             if worker.exit_status:
                 log.error("worker %d lost requests%s", worker.number, _how_it_ended(worker))
         lost = self._forced.is_set() or any(worker.exit_status for worker in serving)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from topfive.allocator import give_back_free_memory
-from topfive_server.admission import Loops, WaitLimit
 from topfive_server.batcher import Batcher
 from topfive_server.config import ServerConfig
 from topfive_server.decode_pool import DecodePool, Outcome, Pixels
@@ -26,6 +25,7 @@ from topfive_server.engine import Engine, EngineError, EngineInfo, EngineOutOfMe
 from topfive_server.engine_life import EngineFactory, close_engine, open_engine
 from topfive_server.errors import RequestError
 from topfive_server.job import Answer, Job, Priority
+from topfive_server.load_shedding import ClosedLoops, WaitLimit
 from topfive_server.metrics import ModelObserver
 from topfive_server.session import one_line
 from topfive_server.tally import Tally
@@ -99,7 +99,7 @@ class ServedModel:
         self._golden = golden_image()
         self._probe: asyncio.Task[bool] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._loops = Loops()
+        self._loops = ClosedLoops()
         self._wait_limit = WaitLimit(
             max_wait_s=config.max_wait_ms / 1000, overload_wait_s=config.overload_wait_ms / 1000
         )
@@ -201,7 +201,7 @@ class ServedModel:
             priority: of the request that is answered; scoring asks in a loop, whatever people do.
             answers: to its images.
         """
-        large = any(isinstance(one, Answer) and one.batch_size >= Loops.LEAST_BATCH for one in answers)
+        large = any(isinstance(one, Answer) and one.batch_size >= ClosedLoops.LEAST_BATCH for one in answers)
         remember = large and priority == "interactive"
         if remember:
             self._loops.answered()

@@ -33,13 +33,13 @@ from topfive_server.handover import ENDED, NOT_TAKEN, TAKEN, tell_now_and_then
 from topfive_server.http_protocol import GuardedProtocol
 from topfive_server.lifecycle import EXIT_LOST, STOPPING, Server
 from topfive_server.metrics import Metrics
+from topfive_server.metrics_sum import Snapshot, snapshot
 from topfive_server.models import Models
 from topfive_server.repository import Repository
 from topfive_server.served_model import ServedModel, close_all
+from topfive_server.server_status import MultiProcess, SingleProcess
 from topfive_server.serving import Loader, computing, make_traces
 from topfive_server.shares import Share
-from topfive_server.sums import Snapshot, snapshot
-from topfive_server.whole import Alone, OfMany
 
 if TYPE_CHECKING:
     from topfive_server.traces import Traces
@@ -148,16 +148,16 @@ class Worker:
             pool=self._pool,
             metrics=self._metrics,
         )
-        whole = OfMany(self._parent)
+        server_status = MultiProcess(self._parent)
         self._traces = make_traces() if self._config.traces else None
         self._application = Application(
             self._config,
             models=self._models,
             pool=self._pool,
             metrics=self._metrics,
-            reloader=whole if self._config.admin else None,
+            reloader=server_status if self._config.admin else None,
             traces=self._traces,
-            whole=whole,
+            server_status=server_status,
         )
 
     async def prepare(self, name: str, version: str, graph: str) -> str:
@@ -220,7 +220,7 @@ class Worker:
 
     async def readiness(self) -> dict[str, Any]:
         """The body of `/readyz` as if there were no other process."""
-        return await Alone(self._application).readiness()
+        return await SingleProcess(self._application).readiness()
 
     async def metrics(self) -> Snapshot:
         """What it has counted."""

@@ -555,7 +555,7 @@ def test_a_mistake_of_ours_is_a_500_with_an_id_and_no_details(monkeypatch: pytes
         raise RuntimeError("secret")
 
     with serving() as server:
-        monkeypatch.setattr(classify, "read_wish", broken)
+        monkeypatch.setattr(classify, "read_options", broken)
         reply = server.classify(picture(1))
         assert (reply.status, reply.code) == (500, "internal")
         assert b"secret" not in reply.body

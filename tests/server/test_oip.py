@@ -21,7 +21,7 @@ from tests.server.fakes import CLASSES, CROP, FakeEngine, make_info, pixels, pre
 from tests.server.harness import Harness, Reply, eventually, serving
 from tests.server.real_triton import triton_program
 
-from topfive_server.admission import Loops
+from topfive_server.load_shedding import ClosedLoops
 from topfive_server.oip_codec import Interface, ProtocolError, encode_response, parse_request
 
 INTERFACE = Interface(
@@ -674,11 +674,11 @@ def test_the_stock_triton_client_works_unchanged(server: Harness) -> None:
 def test_clients_in_a_loop_are_told_by_their_connections_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def note(_: Loops, since_answer_s: float | None) -> bool:
+    def note(_: ClosedLoops, since_answer_s: float | None) -> bool:
         seen.append(since_answer_s is not None)
         return False
 
-    monkeypatch.setattr(Loops, "asked", note)
+    monkeypatch.setattr(ClosedLoops, "asked", note)
     lone, many = message(tensor(1)), message(tensor(*range(8)))
     scoring = message(tensor(*range(8)), parameters={"priority": 2})
     with serving(FakeEngine(make_info("fake", "1", max_batch=8))) as server:

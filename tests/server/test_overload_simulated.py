@@ -13,9 +13,9 @@ from typing import Final
 import pytest
 
 from topfive.loadtest import LoadTestConfig, arrival_times, quantile
-from topfive_server.admission import WaitLimit
 from topfive_server.errors import QueueFullError
 from topfive_server.estimate import BatchTimes
+from topfive_server.load_shedding import WaitLimit
 
 MAX_BATCH: Final = 32
 DECODE_S: Final = 0.0013
@@ -94,7 +94,7 @@ def burst(images: int, within_s: float, *, seconds: int = 20) -> list[float]:
 @pytest.fixture(name="machine")
 def new_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     clock = [0.0]
-    monkeypatch.setattr("topfive_server.admission.monotonic", lambda: clock[0])
+    monkeypatch.setattr("topfive_server.load_shedding.monotonic", lambda: clock[0])
     return Machine(clock)
 
 

@@ -12,13 +12,13 @@ import pytest
 from tests.server.fakes import CROP, FakeEngine, make_info, picture
 from tests.server.harness import Harness, eventually, read_reply, serving
 
-from topfive_server import admission
-from topfive_server.admission import Refusals
+from topfive_server import load_shedding
+from topfive_server.load_shedding import Refusals
 
 
 def test_as_many_as_are_allowed_are_answered_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(admission, "monotonic", lambda: now[0])
+    monkeypatch.setattr(load_shedding, "monotonic", lambda: now[0])
     refusals = Refusals()
     allowed = int(Refusals.LEAST_PER_S)
     assert [refusals.refuse() for _ in range(allowed)] == [0.0] * allowed

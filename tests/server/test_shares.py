@@ -13,15 +13,15 @@ from topfive_server.canary import Canary
 from topfive_server.config import ServerConfig
 from topfive_server.devices import Device
 from topfive_server.engine import EngineError
-from topfive_server.everywhere import Everywhere
 from topfive_server.folder import Found
+from topfive_server.metrics_sum import MetricsSum, Process, Snapshot, snapshot
 from topfive_server.reload import ReloadPolicy
+from topfive_server.replication import Replicator
 from topfive_server.repository import Repository
+from topfive_server.server_status import together
 from topfive_server.session import RuntimeOptions
 from topfive_server.shares import divide, part
-from topfive_server.sums import Process, Snapshot, Sums, snapshot
 from topfive_server.tally import Tally
-from topfive_server.whole import together
 
 
 def gpus(count: int) -> list[Device]:
@@ -89,7 +89,7 @@ FIRST, SECOND = Process(1, 101), Process(2, 102)
 
 
 def test_counters_add_up_and_gauges_as_they_mean() -> None:
-    sums = Sums()
+    sums = MetricsSum()
     read = values(sums.render({FIRST: counted(3, 1, 5), SECOND: counted(4, 0, 6)}, all_there=True))
     assert read['topfive_answers_total{code="ok"}'] == 7
     assert read["topfive_ready"] == 0
@@ -100,7 +100,7 @@ def test_counters_add_up_and_gauges_as_they_mean() -> None:
 
 
 def test_a_counter_never_falls_whoever_dies_or_is_silent() -> None:
-    sums = Sums()
+    sums = MetricsSum()
     sums.render({FIRST: counted(30, 1, 5), SECOND: counted(4, 1, 6)}, all_there=True)
     silent = values(sums.render({SECOND: counted(5, 1, 6)}, all_there=False))
     assert silent['topfive_answers_total{code="ok"}'] == 35
@@ -117,7 +117,7 @@ def test_a_counter_never_falls_whoever_dies_or_is_silent() -> None:
 
 
 def test_who_dies_after_its_answer_and_before_the_others_is_counted_once() -> None:
-    sums = Sums()
+    sums = MetricsSum()
     sums.render({FIRST: counted(100, 1, 0)}, all_there=True)
     sums.departed(FIRST)
     late = values(sums.render({FIRST: counted(110, 1, 0), SECOND: counted(0, 1, 0)}, all_there=True))
@@ -178,8 +178,8 @@ class FakeWorker:
         return self.rows
 
 
-def everywhere(workers: list[FakeWorker]) -> Everywhere:
-    return Everywhere(
+def replicating(workers: list[FakeWorker]) -> Replicator:
+    return Replicator(
         {worker.number: worker for worker in workers},  # type: ignore[misc]  # stand-ins
         find=lambda: Found([], [], {}),
         policy=ReloadPolicy(),
@@ -193,19 +193,19 @@ def test_a_version_that_one_process_cannot_load_serves_in_none(tmp_path: Path) -
         write_model(tmp_path, version="5")
         version = Repository(tmp_path).read("tiny")
         workers = [FakeWorker(1), FakeWorker(2, fails="5"), FakeWorker(3)]
-        crew = everywhere(workers)
+        replicator = replicating(workers)
         with pytest.raises(EngineError, match="worker 2: no memory"):
-            await crew.load(version)
+            await replicator.load(version)
         assert [worker.told for worker in workers] == [["prepare 5", "discard 5"]] * 3
-        assert crew.versions.names() == []
+        assert replicator.versions.names() == []
         # What the first cannot load, the others do not try: it may have ended the process.
         workers = [FakeWorker(1, fails="5"), FakeWorker(2)]
         with pytest.raises(EngineError, match="worker 1"):
-            await everywhere(workers).load(version)
+            await replicating(workers).load(version)
         assert workers[1].told == ["discard 5"]
         workers = [FakeWorker(1), FakeWorker(2, fingerprint="other")]
         with pytest.raises(EngineError, match="changed while they were read"):
-            await everywhere(workers).load(version)
+            await replicating(workers).load(version)
 
     asyncio.run(scenario())
 
@@ -214,17 +214,17 @@ def test_the_health_of_a_version_is_that_of_the_worst(tmp_path: Path) -> None:
     async def scenario() -> None:
         write_model(tmp_path, version="5")
         workers = [FakeWorker(1), FakeWorker(2)]
-        crew = everywhere(workers)
-        await crew.load(Repository(tmp_path).read("tiny"))
+        replicator = replicating(workers)
+        await replicator.load(Repository(tmp_path).read("tiny"))
         assert [worker.told for worker in workers] == [["prepare 5", "install 5"]] * 2
-        (entry,) = crew.versions.everything()
+        (entry,) = replicator.versions.everything()
         workers[0].rows = [["tiny", "5", True, "", 10, 1]]
         workers[1].rows = [["tiny", "5", False, "it hangs", 20, 2]]
-        await crew.ask_health()
+        await replicator.ask_health()
         assert (entry.health.ready, entry.health.reason) == (False, "worker 2: it hangs")
         assert entry.tally == Tally(answered=30, failed=3)
         workers[1].rows = [["tiny", "5", True, "", 10, 1]]
-        await crew.ask_health()
+        await replicator.ask_health()
         assert (entry.health.ready, entry.health.reason) == (True, "")
 
     asyncio.run(scenario())
@@ -240,18 +240,18 @@ def test_a_canary_that_is_bad_in_one_process_is_taken_back_in_all(
         for version in ("5", "6"):
             write_model(tmp_path, version=version)
         workers = [FakeWorker(1), FakeWorker(2)]
-        crew = everywhere(workers)
+        replicator = replicating(workers)
         for version in ("5", "6"):
-            await crew.load(Repository(tmp_path).read("tiny", version))
-        crew.versions.canaries["tiny"] = Canary(version="6", stable="5", share=0.1)
+            await replicator.load(Repository(tmp_path).read("tiny", version))
+        replicator.versions.canaries["tiny"] = Canary(version="6", stable="5", share=0.1)
         healthy = [["tiny", "5", True, "", 100, 0], ["tiny", "6", True, "", 10, 0]]
         workers[0].rows, workers[1].rows = healthy, [healthy[0], ["tiny", "6", *said]]
-        guard = asyncio.create_task(crew.reloader.guard_canaries())
+        guard = asyncio.create_task(replicator.reloader.guard_canaries())
         async with asyncio.timeout(20):
             while not all("remove 6" in worker.told for worker in workers):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         guard.cancel()
-        assert [*crew.versions.versions("tiny")] == ["5"]
+        assert [*replicator.versions.versions("tiny")] == ["5"]
 
     monkeypatch.setattr(reload, "GUARD_INTERVAL_S", 0.01)
     asyncio.run(scenario())
@@ -259,10 +259,10 @@ def test_a_canary_that_is_bad_in_one_process_is_taken_back_in_all(
 
 def test_a_process_that_comes_back_has_the_same_default_model_as_the_others(tmp_path: Path) -> None:
     async def scenario() -> None:
-        crew = everywhere([FakeWorker(1)])
+        replicator = replicating([FakeWorker(1)])
         for name in ("tiny", "aaa"):
             write_model(tmp_path, name, version="1")
-            await crew.load(Repository(tmp_path).read(name))
-        assert [entry.version.name for entry in crew.versions.everything()] == ["tiny", "aaa"]
+            await replicator.load(Repository(tmp_path).read(name))
+        assert [entry.version.name for entry in replicator.versions.everything()] == ["tiny", "aaa"]
 
     asyncio.run(scenario())

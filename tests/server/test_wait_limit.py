@@ -11,9 +11,9 @@ from tests.server.harness import Harness, Reply, eventually, serving
 from tests.server.test_app import multipart, send_files
 from tests.server.test_oip import arrays, infer
 
-from topfive_server import admission
-from topfive_server.admission import Loops, WaitLimit
+from topfive_server import load_shedding
 from topfive_server.errors import QueueFullError
+from topfive_server.load_shedding import ClosedLoops, WaitLimit
 
 
 def refused(
@@ -36,7 +36,7 @@ def refused(
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that stands still; its time is the list's element."""
     now = [1000.0]
-    monkeypatch.setattr(admission, "monotonic", lambda: now[0])
+    monkeypatch.setattr(load_shedding, "monotonic", lambda: now[0])
     return now
 
 
@@ -177,7 +177,7 @@ def test_clients_in_a_loop_may_come_one_after_the_other(now: list[float]) -> Non
 
 
 def test_loops_are_told_by_how_soon_they_ask_again() -> None:
-    loops = Loops()
+    loops = ClosedLoops()
     for _ in range(15):
         loops.answered()
         assert not loops.asked(0.001)
@@ -206,16 +206,16 @@ def test_a_request_knows_how_long_ago_its_connection_was_answered_out_of_a_large
 ) -> None:
     seen: list[float | None] = []
 
-    def note(loops: Loops, since_answer_s: float | None) -> bool:
+    def note(loops: ClosedLoops, since_answer_s: float | None) -> bool:
         seen.append(since_answer_s)
         return False
 
-    def count(loops: Loops) -> None:
+    def count(loops: ClosedLoops) -> None:
         answered.append(loops)
 
-    answered: list[Loops] = []
-    monkeypatch.setattr(Loops, "asked", note)
-    monkeypatch.setattr(Loops, "answered", count)
+    answered: list[ClosedLoops] = []
+    monkeypatch.setattr(ClosedLoops, "asked", note)
+    monkeypatch.setattr(ClosedLoops, "answered", count)
     # However the first of them are batched, one of the batches is full.
     body, kind = multipart(*[("a.png", picture(red)) for red in range(24)])
     with serving(FakeEngine(make_info(max_batch=8))) as server:
@@ -329,7 +329,7 @@ def test_the_limit_is_told_how_many_are_before_and_whether_clients_ask_in_a_loop
         seen.append((images, loops))
 
     monkeypatch.setattr(WaitLimit, "check", note)
-    monkeypatch.setattr(Loops, "asked", lambda _, __: True)
+    monkeypatch.setattr(ClosedLoops, "asked", lambda _, __: True)
     with serving(FakeEngine(make_info(max_batch=8))) as server, ThreadPoolExecutor() as threads:
         slow = Slow(server, threads)
         slow.queue(1, 2)

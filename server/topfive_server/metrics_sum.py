@@ -3,6 +3,9 @@
 Counters and histograms are added up. A counter must never fall, or Prometheus takes it for a restart and counts all of
 it again; so what a process had counted when it was last asked stays in the sum after its death. Of a process's own
 metrics (`process_*`, `python_*`) a sum would say nothing: each keeps its own, with a label `worker`.
+
+`prometheus_client.multiprocess` is not for this: it has neither collectors that are asked at each scrape, such as our
+gauges, nor a process's own metrics.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,7 +42,7 @@ class Process(NamedTuple):
     pid: int
 
 
-class Sums:
+class MetricsSum:
     """Adds up the snapshots of several processes, and remembers those that are gone."""
 
     def __init__(self) -> None:

@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from topfive_server.channel import ChannelError
-from topfive_server.crew import WorkerProcess, wait_for_all
 from topfive_server.engine import EngineError
 from topfive_server.folder import Found
 from topfive_server.reload import Reloader, ReloadPolicy
 from topfive_server.repository import ModelVersion
 from topfive_server.served_model import Health
 from topfive_server.tally import Tally
+from topfive_server.worker_process import WorkerProcess, wait_for_all
 
 if TYPE_CHECKING:
     from topfive_server.canary import Canary
@@ -94,7 +94,7 @@ class Versions:
             )
 
 
-class Everywhere:
+class Replicator:
     """Carries out what the reloader decides."""
 
     def __init__(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from topfive_server.app import Application
 
 
-class Whole(Protocol):
+class ServerStatus(Protocol):
     """The server, of one process or of many."""
 
     async def readiness(self) -> dict[str, Any]:
@@ -23,14 +23,14 @@ class Whole(Protocol):
         """The exposition text."""
 
 
-class Alone:
+class SingleProcess:
     """One process, which knows everything itself."""
 
     def __init__(self, application: "Application") -> None:
         self._application = application
 
     async def readiness(self) -> dict[str, Any]:
-        """See `Whole`."""
+        """See `ServerStatus`."""
         rows = []
         everything = not self._application.draining and any(True for _ in self._application.models)
         for model in list(self._application.models):
@@ -50,7 +50,7 @@ class Alone:
         return {"ready": everything, "draining": self._application.draining, "models": rows}
 
     async def healthy(self) -> bool:
-        """See `Whole`."""
+        """See `ServerStatus`."""
         application = self._application
         return (
             not application.draining
@@ -59,27 +59,27 @@ class Alone:
         )
 
     async def metrics(self) -> bytes:
-        """See `Whole`."""
+        """See `ServerStatus`."""
         return self._application.metrics.render()
 
 
-class OfMany:
+class MultiProcess:
     """One of several processes: the parent knows."""
 
     def __init__(self, parent: Channel) -> None:
         self._parent = parent
 
     async def readiness(self) -> dict[str, Any]:
-        """See `Whole`."""
+        """See `ServerStatus`."""
         body: dict[str, Any] = await self._ask("readiness")
         return body
 
     async def healthy(self) -> bool:
-        """See `Whole`."""
+        """See `ServerStatus`."""
         return bool(await self._ask("healthy"))
 
     async def metrics(self) -> bytes:
-        """See `Whole`."""
+        """See `ServerStatus`."""
         text: str = await self._ask("metrics")
         return text.encode()
 
@@ -128,11 +128,11 @@ def together(answers: dict[int, dict[str, Any] | str], *, draining: bool) -> dic
             reasons = ["it is draining" if answer["draining"] else "it has no model"]
         workers.append({"worker": number, "ready": answer["ready"], "reason": "; ".join(reasons)})
         for row in answer["models"]:
-            whole = models.setdefault((row["name"], row["version"]), dict(row))
-            if row["device"] not in whole["device"].split(","):
-                whole["device"] += f",{row['device']}"
+            model = models.setdefault((row["name"], row["version"]), dict(row))
+            if row["device"] not in model["device"].split(","):
+                model["device"] += f",{row['device']}"
             if not row["ready"]:
-                whole["ready"] = False
-                whole["reason"] = f"worker {number}: {row['reason']}"
+                model["ready"] = False
+                model["reason"] = f"worker {number}: {row['reason']}"
     ready = not draining and bool(models) and all(worker["ready"] for worker in workers)
     return {"ready": ready, "draining": draining, "models": [*models.values()], "workers": workers}

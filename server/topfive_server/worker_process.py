@@ -88,7 +88,7 @@ class WorkerProcess:
         """End it at once."""
         self._process.kill()
 
-    async def bury(self) -> None:
+    async def reap(self) -> None:
         """Wait for its end, and free what was kept for it."""
         await self.ended.wait()
         await asyncio.to_thread(self._process.join)
