@@ -21,6 +21,7 @@ INTERNAL = {
     # Become another error, or a row of the results, where they are caught.
     "topfive_server.cut.CutError",
     "topfive_server.onnx_header.OnnxHeaderError",
+    "topfive._file_limits.CostlyFileError",
     "topfive.scoring._sources.ReadError",
     "topfive_training.run._InterruptedError",
 }

@@ -186,6 +186,21 @@ def test_text_that_is_dropped_or_pasted_is_answered(page: Page, tmp_path: Path, 
     assert message.inner_text() == ""
 
 
+def test_what_the_page_says_is_not_wiped_when_the_models_arrive(page: Page) -> None:
+    with page.expect_response("**/v1/models") as models:
+        page.evaluate(
+            """() => {
+                document.querySelector("#key").dispatchEvent(new Event("change"));
+                const event = new Event("drop", { bubbles: true });
+                event.dataTransfer = { files: [] };
+                document.body.dispatchEvent(event);
+            }"""
+        )
+    models.value.finished()
+    page.wait_for_load_state("networkidle")
+    assert "no photo" in page.locator("#message").inner_text()
+
+
 def test_a_phone_is_not_told_to_drop_or_click(server: Harness) -> None:
     with browsing(server, phone=True) as page:
         text = page.locator("#drop").inner_text()

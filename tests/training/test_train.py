@@ -25,6 +25,10 @@ from topfive_training.recipe import Recipe
 
 STATE = "resume/state.safetensors"
 SAVE_EVERY_STEP = ("--save-every-minutes", "1e-9")
+FOUR_EPOCHS = ("--epochs", "4", "--schedule", "constant")
+STEADILY = ("--rate", "0.0001")
+"""For runs that are compared but for rounding. At the usual rate so narrow a network is chaotic: a batch in two halves is
+rounded otherwise on some processors, and each step makes ten times as much of it; here it stays below a hundred-thousandth."""
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -41,7 +45,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """The weights of two runs are apart by less than a hundredth of how far training has moved them.
+    """The weights of two runs (`STEADILY`) are apart by less than a thousandth of how far training has moved them.
 
     Not element by element: where two values of a pool are equal but for rounding, another processor takes the other,
     and the gradient of some weights jumps. A gradient lost or counted twice moves whole layers by their own length.
@@ -52,7 +56,7 @@ def assert_close(one: Path, other: Path) -> None:
     trained, expected = weights(one), weights(other)
     for name, first in start.state_dict().items():
         apart, moved = trained[name] - expected[name], expected[name] - first
-        assert apart.norm() <= 0.01 * moved.norm(), name
+        assert apart.norm() <= 0.001 * moved.norm(), name
     for name in expected.keys() - start.state_dict().keys():
         torch.testing.assert_close(trained[name], expected[name])
 
@@ -76,7 +80,16 @@ def start_and_wait_for(command: list[str], file: Path, *, step: int) -> subproce
 def whole(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 4 epochs of 6 steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = run(train_command(photographs, out, "--epochs", "4", "--schedule", "constant"))
+    done = run(train_command(photographs, out, *FOUR_EPOCHS))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def steady(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with steps so small that another rounding stays one."""
+    out = tmp_path_factory.mktemp("steady") / "run"
+    done = run(train_command(photographs, out, *FOUR_EPOCHS, *STEADILY))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -103,18 +116,18 @@ def test_it_learns_three_colors(whole: Path) -> None:
     assert load_model(whole / "best").spec.metrics["top1"] >= 5 / 6
 
 
-def test_two_processes_compute_what_one_does(photographs: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_compute_what_one_does(photographs: Path, steady: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = run(train_command(photographs, out, "--epochs", "4", "--schedule", "constant", "--processes", "2"))
+    done = run(train_command(photographs, out, *FOUR_EPOCHS, *STEADILY, "--processes", "2"))
     assert done.returncode == 0, done.stderr
-    assert_close(out, whole)
+    assert_close(out, steady)
 
 
 def test_kill_in_mid_epoch_and_resume_gives_the_same_bits(
     photographs: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    command = train_command(photographs, out, "--epochs", "4", "--schedule", "constant", *SAVE_EVERY_STEP)
+    command = train_command(photographs, out, *FOUR_EPOCHS, *SAVE_EVERY_STEP)
     process = start_and_wait_for(command, out / STATE, step=8)
     process.kill()
     process.communicate()
@@ -133,9 +146,9 @@ def test_kill_in_mid_epoch_and_resume_gives_the_same_bits(
 
 
 @pytest.mark.slow
-def test_resume_with_another_number_of_processes(photographs: Path, whole: Path, tmp_path: Path) -> None:
+def test_resume_with_another_number_of_processes(photographs: Path, steady: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ("--epochs", "4", "--schedule", "constant", *SAVE_EVERY_STEP)
+    options = (*FOUR_EPOCHS, *STEADILY, *SAVE_EVERY_STEP)
     process = start_and_wait_for(
         train_command(photographs, out, *options, "--processes", "2"), out / STATE, step=5
     )
@@ -143,7 +156,7 @@ def test_resume_with_another_number_of_processes(photographs: Path, whole: Path,
     process.communicate()
     done = run([*train_command(photographs, out, *options), "--resume"])
     assert done.returncode == 0, done.stderr
-    assert_close(out, whole)
+    assert_close(out, steady)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +203,7 @@ def test_a_signal_in_validation_is_obeyed_too(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
-    assert main(train_words(photographs, undisturbed, "--epochs", "2")) == 0
+    assert main(train_words(photographs, undisturbed, "--epochs", "2", *STEADILY)) == 0
     show = Journal.show
 
     def and_interrupt(self: Journal, what: str, *details: Any) -> None:
@@ -200,9 +213,9 @@ def test_a_signal_in_validation_is_obeyed_too(
 
     with monkeypatch.context() as context:
         context.setattr(Journal, "show", and_interrupt)
-        assert main(train_words(photographs, out, "--epochs", "2")) == 128 + signal.SIGTERM
+        assert main(train_words(photographs, out, "--epochs", "2", *STEADILY)) == 128 + signal.SIGTERM
     assert "saved at step 6 of 12" in capsys.readouterr().err
-    assert main(train_words(photographs, out, "--epochs", "2", "--resume")) == 0
+    assert main(train_words(photographs, out, "--epochs", "2", *STEADILY, "--resume")) == 0
     assert [record["step"] for record in records(out)] == [record["step"] for record in records(undisturbed)]
     assert_close(out, undisturbed)
 
@@ -240,15 +253,15 @@ def test_no_rank_outlives_the_program(photographs: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_too(photographs: Path, whole: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_it_too(photographs: Path, steady: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    _, _, program, *words = train_command(photographs, out, "--epochs", "4", "--schedule", "constant")
+    _, _, program, *words = train_command(photographs, out, *FOUR_EPOCHS, *STEADILY)
     script = tmp_path / "program.py"
     script.write_text(program)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*launcher, str(script), *words])
     assert done.returncode == 0, done.stderr
-    assert_close(out, whole)
+    assert_close(out, steady)
 
 
 def test_divergence_stops_with_step_rate_and_advice(

@@ -97,9 +97,10 @@ addEventListener("paste", (event) => { if (event.target !== key) classifyAll([..
 
 by("curl").textContent = `curl -T photo.jpg ${location.origin}/v1/classify`;
 async function describe() {
+  message.textContent = "";
   const response = await fetch("/v1/models", { headers: headers() });
   const trouble = keyTrouble(response);
-  message.textContent = key.value ? trouble : ""; // that it asks for one, the line says
+  if (key.value && trouble) message.textContent = trouble; // without one, the line asks for it
   if (!response.ok) return;
   const { models } = await response.json();
   const model = models.find((m) => m.default);
