@@ -84,7 +84,6 @@ class Application:
         self._pool = pool
         self.server_status: ServerStatus = server_status or SingleProcess(self)
         self._keys = None if config.api_keys is None else KeyRing.read(config.api_keys)
-        self._pool = pool
         self._classify = ClassifyEndpoint(config=config, models=models, pool=pool, admission=self.admission)
         self._oip = OpenInference(
             config=config,

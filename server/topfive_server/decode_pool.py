@@ -131,9 +131,8 @@ class DecodePool:
             self._tell(_settle, answer, result)
 
     def _tell(self, what: Callable[..., None], *arguments: object) -> None:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the loop has been closed: the server has ended without this thread
+        # RuntimeError: the loop has been closed, and the server has ended without this thread.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(what, *arguments)
 
     def _cut_out(self, data: bytes | memoryview, preprocessing: Preprocessing, side: int) -> Outcome:

@@ -36,7 +36,15 @@ from topfive_server.oip_codec import (
     is_costly,
     parse_request,
 )
-from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, priority_of, stack
+from topfive_server.oip_compute import (
+    compute,
+    find_model,
+    interface_of,
+    note_answers,
+    pick_model,
+    priority_of,
+    stack,
+)
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.receive import ClientGoneError, Receive, inflate, read_body
 from topfive_server.served_model import ServedModel
@@ -253,12 +261,7 @@ class OpenInference:
         model: ServedModel,
         answers: Sequence[Answer],
     ) -> _Reply:
-        for _ in answers:
-            model.observer.image_ok()
-        timings = exchange.timings
-        timings["queue"] = max(answer.queue_s for answer in answers)
-        timings["batch"] = max(answer.batch_s for answer in answers)
-        timings["infer"] = max(answer.infer_s for answer in answers)
+        note_answers(exchange, model, answers)
         interface = interface_of(model, self._config)
         arrays = stack(answers)
         coding = _accepted_coding(exchange.headers.get(b"accept-encoding", b"").decode("latin-1"))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from topfive_server.accounting import Account
 from topfive_server.config import ServerConfig
 from topfive_server.errors import RequestError, UnknownModelError
 from topfive_server.job import Answer, Job, Priority
@@ -112,6 +113,17 @@ def interface_of(model: ServedModel, config: ServerConfig) -> Interface:
         max_batch=config.max_images,
         labels=info.spec.labels,
     )
+
+
+def note_answers(account: Account, model: ServedModel, answers: Sequence[Answer]) -> None:
+    """Count the images of a request that was answered, and keep how long the slowest was in each stage."""
+    for _ in answers:
+        model.observer.image_ok()
+    account.timings |= {
+        "queue": max(answer.queue_s for answer in answers),
+        "batch": max(answer.batch_s for answer in answers),
+        "infer": max(answer.infer_s for answer in answers),
+    }
 
 
 def stack(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:

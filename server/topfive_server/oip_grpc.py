@@ -26,7 +26,7 @@ from topfive_server.logs import request_id
 from topfive_server.models import Models
 from topfive_server.oip import EXTENSIONS, OpenInference
 from topfive_server.oip_codec import ProtocolError, describe_output, is_costly, parse_message, to_binary
-from topfive_server.oip_compute import compute, find_model, interface_of, pick_model, stack
+from topfive_server.oip_compute import compute, find_model, interface_of, note_answers, pick_model, stack
 from topfive_server.oip_describe import Statistics, model_config, model_metadata
 from topfive_server.repository import oldest_first
 from topfive_server.serving import StartError
@@ -195,13 +195,7 @@ class GrpcInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
                 statistics.failure_s += monotonic() - started
                 raise
         statistics.add(answers, monotonic() - started)
-        for _ in answers:
-            model.observer.image_ok()
-        account.timings |= {
-            "queue": max(answer.queue_s for answer in answers),
-            "batch": max(answer.batch_s for answer in answers),
-            "infer": max(answer.infer_s for answer in answers),
-        }
+        note_answers(account, model, answers)
         arrays = stack(answers)
 
         def encode() -> Any:
