@@ -1,5 +1,6 @@
 """What the log and the metrics are told of a request: served, refused by whomever, given up, over HTTP and over gRPC."""
 
+import asyncio
 import contextlib
 import hashlib
 import http.client
@@ -15,6 +16,9 @@ import pytest
 from tests.server.fakes import FakeEngine, make_info, picture, pixels
 from tests.server.harness import Harness, eventually, read_reply, serving
 
+from topfive_server.accounting import Account, Accounts
+from topfive_server.config import ServerConfig
+from topfive_server.job import Job
 from topfive_server.logs import REQUESTS, JsonFormatter
 from topfive_server.metrics import Metrics
 
@@ -133,6 +137,16 @@ def test_images_that_fail_or_are_given_up_have_waited_too() -> None:
         computed.join()
         eventually(lambda: server.metric("topfive_queue_seconds_count") == 2)
         assert server.metric("topfive_decode_seconds_count") == 3
+
+
+def test_an_image_given_up_while_it_was_decoded_counts_from_when_it_had_come() -> None:
+    metrics, loop = Metrics(), asyncio.new_event_loop()
+    account = Account(request_id="x", started=100.0, method="POST", path="/v1/classify", client=None)
+    account.status, account.timings["receive"] = 504, 0.5
+    account.jobs = [Job(deadline=102.0, priority="interactive", loop=loop)]
+    Accounts(ServerConfig(log_requests=False), metrics).close(account, ended=102.0)
+    assert metrics.registry.get_sample_value("topfive_decode_seconds_sum") == 1.5
+    loop.close()
 
 
 def test_an_unanswered_body_counts_with_the_bytes_that_came(lines: Lines) -> None:
